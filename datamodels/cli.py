@@ -81,7 +81,7 @@ class Option:
 
 
 def convert(kind: type, value: Any) -> Any:
-    """`value` (text, or what YAML and JSON make of it) as that kind; raises ValueError before anything is lost."""
+    """`value` (text, or what YAML and JSON make of it) as that kind; ValueError before anything is lost."""
     if kind is str:
         if not isinstance(value, str):
             raise ValueError
@@ -177,7 +177,7 @@ class _Config(fastargs.Config):  # type: ignore[misc]
             raise ValidationError(str(error)) from None
 
     def fill(self, argv: Sequence[str], files: Sequence["_File"]) -> tuple[dict[str, _Given], "_Tokens"]:
-        """Sets what environment, files and `argv` say about the keys known here; returns it and what is left."""
+        """Sets what environment, files and `argv` say of the keys known here; returns it and what is left."""
         while True:
             known = {".".join(path): path for path in self.entries}
             tokens = _tokenize(argv, known, [key for key in known if _is_switch(self.entries[known[key]])])
@@ -193,7 +193,7 @@ class _Config(fastargs.Config):  # type: ignore[misc]
                 return given, tokens
 
     def collect_argparse_args(self, parser: Any, disable_help: bool = False) -> "_Config":
-        """Reads sys.argv and the environment anew, for a main() that asks; unknown arguments are left alone."""
+        """Reads sys.argv and the environment anew, for a main() that asks; leaves unknown arguments alone."""
         if "--help" in sys.argv[1:] and not disable_help:
             parser.print_help()
             raise SystemExit(0)
@@ -495,11 +495,11 @@ def parse(
 ) -> Arguments:
     """Reads command line > -C files > environment; raises ConfigError (see `run`) for what cannot be used.
 
-    `positional` are (name, help); "name?" may be left out (None), and a last "name..." takes any number (a list).
+    `positional` are (name, help); "name?" may be left out (None), a last "name..." takes any number (a list).
     With `passthrough`, what is not known is kept in `rest` and `unknown` for `collect_user`.
-    `--help` prints and exits. With `help_later="worker.main_import"` and that key given, it is `collect_user` that
-    prints, once the user's module has registered its sections; until then nothing is judged, so do nothing but
-    import the module while `help_requested`.
+    `--help` prints and exits. With `help_later="worker.main_import"` and that key given, it is `collect_user`
+    that prints, once the user's module has registered its sections; until then nothing is judged, so while
+    `help_requested` do nothing but import the module.
     `elsewhere` names sections that another program reads from the same -C file.
     """
     if positional and passthrough:
@@ -656,10 +656,10 @@ def _unknown_message(key: str, where: str, known: Sequence[str]) -> str:
 def collect_user(args: Arguments) -> None:
     """Fills fastargs' global registry, the sections of the user's module, once that has been imported.
 
-    Same order as everywhere: environment < file < command line. Raises ConfigError for a key that neither side
-    knows, a required key without a value, or a value of the wrong kind. An argument that is in no section, such
-    as `--epochs 3`, is left in `args.rest` with a note, since released mains may parse sys.argv themselves;
-    likewise every unknown key when the module has no section at all.
+    Same order as everywhere: environment < file < command line. Raises ConfigError for a key that neither
+    side knows, a required key without a value, or a value of the wrong kind. An argument that is in no
+    section, such as `--epochs 3`, is left in `args.rest` with a note, since released mains may parse sys.argv
+    themselves; likewise every unknown key when the module has no section at all.
     """
     config = fastargs.get_current_config()
     # The object itself is kept: the user's module may hold on to it.
