@@ -219,7 +219,7 @@ def resolve(spec: Spec, folder: str | Path) -> Resolved:
         blocks.append(block)
         resolved.append(entry)
         if block.role == "train" and block.sampler is not None:
-            inherited = {k: entry[k] for k in ("sampler", "alpha", "labels", "groups", "key") if k in entry}
+            inherited = {k: raw[k] for k in ("sampler", "alpha", "labels", "groups", "key") if k in raw}
     for i, j in itertools.combinations(range(len(blocks)), 2):
         if blocks[i].seed == blocks[j].seed:
             raise SpecError(f"design[{j}], seed: {blocks[j].seed} is already design[{i}]'s, so masks and seeds would "

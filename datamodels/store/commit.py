@@ -1,0 +1,221 @@
+"""How rows become true: key bytes, then records, then `_completed`; each phase synced before the next begins.
+
+A crash at any instruction therefore leaves a row incomplete or exact. A row that is already complete is replaced through
+a journal: its new values are written whole to the side and synced first, so that the crash leaves the old row or the
+new one.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from datamodels.errors import StoreError
+from datamodels.spec import COMPLETED, Field
+from datamodels.store.disk import Disk
+
+ABSENT, VALID, FAILED_KEY = 0, 1, 2
+PENDING, RUNNING, DONE, FAILED = 0, 1, 2, 3
+
+KEY_RECORD = np.dtype([("status", "<u4"), ("attempt", "<u4"), ("crc32", "<u4"), ("check", "<u4")])
+ROW_RECORD = np.dtype([("state", "<u4"), ("attempts", "<u4"), ("started", "<f8"), ("finished", "<f8"),
+                       ("seed", "<u8"), ("run", "S24"), ("reserved", "<u4"), ("check", "<u4")])
+# 16 and 64 bytes behind headers that are multiples of 64: a record never straddles a 512-byte sector, so it cannot tear.
+
+COMPLETED_FILE, ROWS_FILE, JOURNAL = f"{COMPLETED}.npy", "_rows.npy", "_replace"
+
+
+def key_file(key: str) -> str:
+    return f"{key}.npy"
+
+
+def record_file(key: str) -> str:
+    return f"_keys/{key}.npy"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each row's bytes are: the disk, the fields, and per file the offset behind its header."""
+
+    disk: Disk
+    fields: Mapping[str, Field]
+    num_models: int
+    heads: Mapping[str, int]
+
+    def read(self, name: str, first: int, count: int, itemsize: int) -> bytes:
+        return self.disk.read(name, self.heads[name] + first * itemsize, count * itemsize)
+
+    def write(self, name: str, rows: Sequence[int], blobs: Sequence[bytes], guard: Callable[[], None]) -> None:
+        """One blob per row, all of one size; adjacent rows in one write. `rows` ascend."""
+        size = len(blobs[0])
+        if size == 0:
+            return
+        for start, stop in spans(rows):
+            guard()
+            self.disk.write(name, self.heads[name] + rows[start] * size, b"".join(blobs[start:stop]))
+
+    def records(self, key: str, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Key records (len(rows),) of KEY_RECORD, as they stand on disk."""
+        return self._structured(record_file(key), rows, KEY_RECORD)
+
+    def row_records(self, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Row records (len(rows),) of ROW_RECORD, as they stand on disk."""
+        return self._structured(ROWS_FILE, rows, ROW_RECORD)
+
+    def completed(self, rows: Sequence[int] | None = None) -> np.ndarray:
+        return self._structured(COMPLETED_FILE, rows, np.dtype("u1")) == 1
+
+    def _structured(self, name: str, rows: Sequence[int] | None, dtype: np.dtype[Any]) -> np.ndarray:
+        if rows is None:
+            return np.frombuffer(self.read(name, 0, self.num_models, dtype.itemsize), dtype)
+        if not len(rows):
+            return np.empty(0, dtype)
+        parts = [self.read(name, rows[start], rows[stop - 1] - rows[start] + 1, dtype.itemsize)
+                 for start, stop in spans(rows)]
+        return np.frombuffer(b"".join(parts), dtype)
+
+
+def spans(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of adjacent rows, as half-open ranges of positions in `rows`."""
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield start, i
+            start = i
+
+
+def _check(record: bytes, name: str, row: int) -> int:
+    """Checksum of a record and of where it belongs, so that a write to the wrong place does not pass."""
+    return zlib.crc32(struct.pack("<q", row) + name.encode() + record)
+
+
+def key_record(key: str, row: int, *, attempt: int, crc32: int) -> bytes:
+    head = struct.pack("<III", VALID, attempt, crc32)
+    return head + struct.pack("<I", _check(head, record_file(key), row))
+
+
+def row_record(row: int, *, state: int, attempts: int, started: float, finished: float, seed: int, run: str) -> bytes:
+    head = struct.pack("<IIddQ24sI", state, attempts, started, finished, seed, run.encode()[:24], 0)
+    return head + struct.pack("<I", _check(head, ROWS_FILE, row))
+
+
+def key_record_intact(record: np.void, key: str, row: int) -> bool:
+    raw = record.tobytes()
+    return raw == bytes(16) or struct.unpack("<I", raw[12:])[0] == _check(raw[:12], record_file(key), row)
+
+
+def row_record_intact(record: np.void, row: int) -> bool:
+    raw = record.tobytes()
+    return raw == bytes(64) or struct.unpack("<I", raw[60:])[0] == _check(raw[:60], ROWS_FILE, row)
+
+
+def problem(record: np.void, key: str, row: int, blob: bytes | memoryview) -> str | None:
+    """What is wrong with a complete row's key, or None: the record, and the bytes against it."""
+    if not key_record_intact(record, key, row):
+        return "its record is damaged"
+    if record["status"] != VALID:
+        return "it was never written"
+    if zlib.crc32(blob) != record["crc32"]:
+        return "its bytes are not what was committed (checksum)"
+    return None
+
+
+@dataclass(frozen=True)
+class RowInfo:
+    """What `_rows.npy` says of a row that is being committed."""
+
+    attempts: int
+    started: float
+    seed: int
+
+
+def _nothing() -> None:
+    pass
+
+
+def commit(layout: Layout, rows: Sequence[int], blobs: Mapping[str, Sequence[bytes]], infos: Sequence[RowInfo],
+           run: str, guard: Callable[[], None] = _nothing) -> None:
+    """Write incomplete rows; when this returns they are complete and durable.
+
+    `rows` ascend without repetition; `blobs` holds per key one encoded value per row, every required key among them.
+    `guard` is called before every write and raises `ClaimLost` to refuse it. An error leaves each row
+    incomplete or complete and exact, never in between.
+    """
+    _invalidate(layout, rows, guard)
+    for key in blobs:
+        layout.write(key_file(key), rows, blobs[key], guard)
+    layout.disk.sync([key_file(key) for key in blobs])
+
+    for key in blobs:
+        layout.write(record_file(key), rows,
+                     [key_record(key, row, attempt=info.attempts, crc32=zlib.crc32(blob))
+                      for row, info, blob in zip(rows, infos, blobs[key], strict=True)], guard)
+    now = time.time()
+    layout.write(ROWS_FILE, rows,
+                 [row_record(row, state=DONE, attempts=info.attempts, started=info.started, finished=now,
+                             seed=info.seed, run=run) for row, info in zip(rows, infos, strict=True)], guard)
+    layout.disk.sync([*(record_file(key) for key in blobs), ROWS_FILE])
+
+    layout.write(COMPLETED_FILE, rows, [b"\1"] * len(rows), guard)
+    layout.disk.sync([COMPLETED_FILE])
+
+
+def _invalidate(layout: Layout, rows: Sequence[int], guard: Callable[[], None]) -> None:
+    """Take back what records and `_completed` say of bytes that are about to change. A fresh row costs only reads."""
+    done = [row for row, flag in zip(rows, layout.completed(rows), strict=True) if flag]
+    if done:
+        layout.write(COMPLETED_FILE, done, [b"\0"] * len(done), guard)
+        layout.disk.sync([COMPLETED_FILE])
+    touched = []
+    for key in layout.fields:
+        stale = [row for row, record in zip(rows, layout.records(key, rows), strict=True) if record.tobytes() != bytes(16)]
+        if stale:
+            layout.write(record_file(key), stale, [bytes(16)] * len(stale), guard)
+            touched.append(record_file(key))
+    if touched:
+        layout.disk.sync(touched)
+
+
+# A journal is one file per row: magic, length of the head, the head in JSON, the values, and a CRC of all before it.
+_MAGIC = b"datamodels-replace-1\n"
+
+
+def write_journal(layout: Layout, row: int, blobs: Mapping[str, bytes], info: RowInfo, run: str) -> None:
+    """The new values of a complete row, whole and durable at the side; from here on they win."""
+    head = json.dumps({"row": row, "run": run, "attempts": info.attempts, "started": info.started, "seed": info.seed,
+                       "keys": [[key, len(blob)] for key, blob in blobs.items()]}).encode()
+    body = _MAGIC + struct.pack("<I", len(head)) + head + b"".join(blobs.values())
+    layout.disk.put(f"{JOURNAL}/{row}", body + struct.pack("<I", zlib.crc32(body)))
+
+
+def apply_journal(layout: Layout, row: int, guard: Callable[[], None] = _nothing) -> None:
+    """Commit the values that a journal holds, and remove it. Doing it twice is doing it once."""
+    name = f"{JOURNAL}/{row}"
+    raw = layout.disk.read(name, 0, _journal_size(layout, name))
+    if not raw.startswith(_MAGIC) or zlib.crc32(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
+        raise StoreError(f"{name}: this journal of a replaced row is damaged; the row keeps what it has; remove the file")
+    start = len(_MAGIC) + 4
+    length = struct.unpack("<I", raw[len(_MAGIC):start])[0]
+    head = json.loads(raw[start:start + length])
+    offset, blobs = start + length, {}
+    for key, size in head["keys"]:
+        blobs[key] = [raw[offset:offset + size]]
+        offset += size
+    info = RowInfo(head["attempts"], head["started"], head["seed"])
+    commit(layout, [row], blobs, [info], head["run"], guard)
+    layout.disk.remove(name)
+
+
+def _journal_size(layout: Layout, name: str) -> int:
+    """Total size from the head alone: the interface has positioned reads and nothing else."""
+    start = len(_MAGIC) + 4
+    length = struct.unpack("<I", layout.disk.read(name, len(_MAGIC), 4))[0]
+    head = json.loads(layout.disk.read(name, start, length))
+    return start + length + sum(size for _, size in head["keys"]) + 4

@@ -1,0 +1,216 @@
+"""The only file that touches a store's bytes: positioned writes, syncs, and files that appear whole.
+
+Memory maps are for reading. Writing rows through one on a network file system loses neighbouring rows, because whole
+pages are written back; `pwrite` of the exact range does not, and on a network file system it has to go through a
+descriptor opened O_DSYNC, or the host's cached page does the same damage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from datamodels.errors import StoreError
+
+# What is known to have one host; anything else is treated as shared with others.
+_LOCAL = frozenset("ext2 ext3 ext4 xfs btrfs tmpfs ramfs overlay zfs f2fs bcachefs reiserfs jfs ntfs ntfs3 vfat exfat "
+                   "apfs hfs aufs".split())
+
+
+class Disk(Protocol):
+    """What a store needs of a folder; names are relative to it. The crash simulator in the tests is another one."""
+
+    network: bool
+
+    def write(self, name: str, offset: int, data: bytes) -> None: ...
+    def read(self, name: str, offset: int, size: int) -> bytes: ...
+    def sync(self, names: Iterable[str]) -> None: ...
+    def put(self, name: str, data: bytes) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def list(self, name: str) -> list[str]: ...
+
+
+def filesystem(path: Path) -> str:
+    """Type of the file system that holds `path`, as the kernel names it; "unknown" where it does not say."""
+    try:
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        best, kind = -1, "unknown"
+        real = os.path.realpath(path)
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                left, _, right = line.partition(" - ")
+                fields = left.split()
+                where = fields[4].replace("\\040", " ")
+                inside = real == where or real.startswith(where.rstrip("/") + "/")
+                # btrfs and overlay report other device numbers than mountinfo does; the longest mount point decides.
+                score = len(where) + (10_000 if fields[2] == wanted else 0)
+                if inside and score > best:
+                    best, kind = score, right.split()[0]
+        return kind
+    except OSError:
+        return "unknown"
+
+
+class PosixDisk:
+    """A folder of a POSIX file system.
+
+    `sync=False` leaves durability to the kernel: rows survive the death of a process, not of the machine. On a
+    network file system every write is synchronous regardless, for correctness and not only for durability.
+    """
+
+    def __init__(self, root: Path, *, sync: bool = True):
+        self.root = root
+        kind = filesystem(root)
+        self.network = kind not in _LOCAL and os.path.exists("/proc/self/mountinfo")
+        self.durable = sync
+        self._flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_DSYNC if self.network else 0)
+        self._fds: dict[str, int] = {}
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    def _fd(self, name: str) -> int:
+        fd = self._fds.get(name)
+        if fd is None:
+            try:
+                fd = os.open(self.root / name, self._flags)
+            except FileNotFoundError:
+                raise StoreError(f"{self.root / name}: this file of the store is missing; restore it, or initialise a "
+                                 f"new store") from None
+            self._fds[name] = fd
+        return fd
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """Write all of `data` at `offset` of an existing file."""
+        fd = self._fd(name)
+        with _explained(self.root / name):
+            view = memoryview(data)
+            while view:
+                done = os.pwrite(fd, view, offset)
+                view, offset = view[done:], offset + done
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Make every write to `names` so far survive power loss; an error here is an error of the commit."""
+        if self.durable and not self.network:  # O_DSYNC has done it already
+            for name in names:
+                with _explained(self.root / name):
+                    os.fdatasync(self._fd(name))
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset` through a fresh descriptor, as network file systems ask for a fresh look."""
+        try:
+            fd = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise StoreError(f"{self.root / name}: this file of the store is missing; restore it, or initialise a new "
+                             f"store") from None
+        try:
+            parts, left = [], size
+            while left:
+                part = os.pread(fd, left, offset)
+                if not part:
+                    raise StoreError(f"{self.root / name}: ends at byte {offset}, expected {left} more; the file was "
+                                     f"cut short; restore it, or initialise a new store")
+                parts.append(part)
+                left, offset = left - len(part), offset + len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            os.close(fd)
+
+    def create(self, name: str, head: bytes, size: int, *, reserve: bool) -> None:
+        """A new file of `size` bytes that begins with `head` and continues with zeros. It must not exist."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with _explained(path):
+                if reserve:
+                    _reserve(fd, size)
+                os.ftruncate(fd, size)
+                os.pwrite(fd, head, 0)
+                if self.durable:
+                    os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def put(self, name: str, data: bytes) -> None:
+        """A file with `data`, whole or not at all, replacing what was there; durable when this returns."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            with _explained(path):
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(fd, view):]
+                if self.durable:
+                    os.fsync(fd)
+        except BaseException:
+            os.unlink(beside)
+            raise
+        finally:
+            os.close(fd)
+        os.replace(beside, path)
+        self.sync_folder(path.parent)
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.root / name)
+            self.sync_folder((self.root / name).parent)
+
+    def list(self, name: str) -> list[str]:
+        """Names of the files in a folder that do not begin with a dot; none where the folder is missing."""
+        try:
+            return sorted(n for n in os.listdir(self.root / name) if not n.startswith("."))
+        except FileNotFoundError:
+            return []
+
+    def sync_folder(self, folder: Path) -> None:
+        if self.durable:
+            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            except OSError as error:  # some network file systems cannot sync a folder
+                if error.errno != errno.EINVAL:
+                    raise
+            finally:
+                os.close(fd)
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """System errors as a `StoreError` that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        hint = {errno.ENOSPC: "the disk is full; free space and run it again",
+                errno.EDQUOT: "your quota is used up; free space and run it again",
+                errno.EIO: "the disk reported an error; check it before you go on",
+                errno.EACCES: "no permission to write there", errno.EROFS: "the file system is read-only"}
+        raise StoreError(f"{path}: {error.strerror}: {hint.get(error.errno or 0, 'the write did not happen')}") from error
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Reserve space where the file system can, and say so now when there is not enough.
+
+    glibc's posix_fallocate is no use here: where the file system cannot reserve, it writes every block instead.
+    """
+    if size == 0 or not stat.S_ISREG(os.fstat(fd).st_mode):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "fallocate"):
+        return
+    while libc.fallocate(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EPERM):
+            return
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))

@@ -1,0 +1,492 @@
+"""The store: a folder of plain `.npy` arrays, one row per run, and what says which rows are true."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from datamodels.design import Assignment, Design, check_index, resolve
+from datamodels.errors import RowError, SpecError, StoreError
+from datamodels.spec import COMPLETED, Field, Spec, nearest
+from datamodels.store import commit as commits
+from datamodels.store.claims import TIME_TO_LIVE, Run, describe_process
+from datamodels.store.commit import COMPLETED_FILE, KEY_RECORD, ROW_RECORD, ROWS_FILE, Layout, RowInfo
+from datamodels.store.disk import PosixDisk
+
+SPEC_FILE, MARKER = "spec.json", "spec.json.partial"
+_READ_BYTES = 1 << 26
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A row that is not complete and whose last attempt failed."""
+
+    row: int
+    attempts: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """Counts of a store's rows; `completed + running + failed + pending == num_models`."""
+
+    num_models: int
+    completed: int
+    running: int
+    failed: int
+    pending: int
+    failures: tuple[Failure, ...]
+
+
+class Store:
+    """A store folder, open for reading and committing. Make one with `Store.create` or `Store.open`."""
+
+    def __init__(self, path: Path, spec: Spec, design: Design, layout: Layout, disk: PosixDisk, time_to_live: float):
+        assert spec.num_models is not None
+        self.path, self.spec, self.design = path, spec, design
+        self.num_models: int = spec.num_models
+        self.layout, self.disk, self._time_to_live = layout, disk, time_to_live
+        self._run: Run | None = None
+
+    # ------------------------------------------------------------ make, open
+
+    @classmethod
+    def create(cls, path: str | Path, spec: Spec | Mapping[str, Any] | str | Path, *, reserve: bool = True,
+               sync: bool = True) -> Store:
+        """A new store at `path`, of a `Spec`, parsed JSON or the path of a JSON file.
+
+        The folder may exist, but not with a store, or with files of the names that a store needs. Where the file system
+        can, space for all rows is reserved (`reserve`), so that a full disk is an error now. Raises `SpecError` and
+        `StoreError`; in both cases nothing that was there before has changed.
+        """
+        path, base = Path(path), Path()
+        if isinstance(spec, (str, Path)):
+            base = Path(spec).resolve().parent
+            where, spec = f"{spec}: ", Spec.load(spec)
+        else:
+            where, spec = "", spec if isinstance(spec, Spec) else Spec.from_json(spec)
+        try:
+            resolved = resolve(spec, base)
+        except SpecError as error:
+            raise SpecError(f"{where}{error}") from None
+        spec, design = resolved.spec, resolved.design
+        assert spec.num_models is not None
+        _refuse_existing(path, spec)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot make the folder: {error.strerror}") from error
+        disk = PosixDisk(path, sync=sync)
+        made: list[str] = []
+        try:
+            with _initialising(path):
+                _refuse_existing(path, spec)
+                for name, dtype, shape in _files(spec):
+                    head = _head(dtype, (spec.num_models, *shape))
+                    size = len(head) + spec.num_models * dtype.itemsize * int(np.prod(shape, dtype=object))
+                    (path / name).unlink(missing_ok=True)  # of an initialisation that was interrupted
+                    made.append(name)
+                    try:
+                        disk.create(name, head, size, reserve=reserve)
+                    except StoreError as error:
+                        free = shutil.disk_usage(path).free
+                        raise StoreError(f"{error}; {name} needs {size:,} bytes, {free:,} are free in {path}") from error
+                for inside, source in resolved.files.items():
+                    made.append(inside)
+                    disk.put(inside, source.read_bytes())
+                for folder in ("claims", "runs", "workers"):
+                    (path / folder).mkdir(exist_ok=True)
+                disk.put(f".{SPEC_FILE}.new", (json.dumps(spec.to_json(), indent=1) + "\n").encode())
+                _publish(path / f".{SPEC_FILE}.new", path / SPEC_FILE)
+                disk.sync_folder(path)
+        except StoreError:
+            if not (path / SPEC_FILE).exists():
+                for name in made:
+                    with contextlib.suppress(OSError):
+                        (path / name).unlink()
+            raise
+        finally:
+            disk.close()
+        return cls.open(path, sync=sync)
+
+    @classmethod
+    def open(cls, path: str | Path, *, sync: bool = True, time_to_live: float = TIME_TO_LIVE) -> Store:
+        """The store at `path`.
+
+        `sync=False` commits without waiting for the disk: rows then survive a killed process but not a power cut.
+        `time_to_live` is the lease of its claims in seconds. Raises `StoreError` where there is no store, where a newer
+        version wrote it, or where an array does not fit the spec.
+        """
+        path = Path(path)
+        if not (path / SPEC_FILE).is_file():
+            what = ("there is no such folder" if not path.exists() else "it is not a folder" if not path.is_dir() else
+                    "its initialisation did not finish; run it again" if (path / MARKER).exists() else
+                    "it has no spec.json, so it was not made by this package" if (path / COMPLETED_FILE).exists() else
+                    "it has no spec.json")
+            raise StoreError(f"{path}: not a store: {what}; make one with python -m datamodels.initialize_logdir "
+                             f"--logging.logdir={path} --logging.spec=SPEC.json")
+        try:
+            resolved = resolve(Spec.load(path / SPEC_FILE), path)
+        except SpecError as error:
+            raise StoreError(f"{path}: {error}") from error
+        spec, design = resolved.spec, resolved.design
+        assert spec.num_models is not None
+        heads = {name: _check_head(path / name, dtype, (spec.num_models, *shape)) for name, dtype, shape in _files(spec)}
+        disk = PosixDisk(path, sync=sync)
+        store = cls(path, spec, design, Layout(disk, spec.schema, spec.num_models, heads), disk, time_to_live)
+        store.recover()
+        return store
+
+    def recover(self) -> list[int]:
+        """Finish replacements that a crash interrupted; the rows concerned. Rows that somebody holds are left to them."""
+        rows = []
+        for name in self.disk.list(commits.JOURNAL):
+            row = int(name)
+            if os.access(self.path, os.W_OK) and self.run.take(row):
+                try:
+                    if (self.path / commits.JOURNAL / name).exists():
+                        with self.run.committing([row]) as guard:
+                            commits.apply_journal(self.layout, row, guard)
+                        rows.append(row)
+                finally:
+                    self.run.release(row, done=False)
+        return rows
+
+    @property
+    def run(self) -> Run:
+        """This process as a run of the store; made when first asked for, closed with the store or the process."""
+        if self._run is None:
+            self._run = Run(self.path, network=self.disk.network, time_to_live=self._time_to_live,
+                            describe=describe_process())
+            owner = os.getpid()
+            # A forked child must not close its parent's run.
+            atexit.register(lambda run=self._run: run.close() if os.getpid() == owner else None)
+        return self._run
+
+    def close(self, exit_status: int | None = None) -> None:
+        if self._run is not None:
+            self._run.close(exit_status)
+            self._run = None
+        self.disk.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ read
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        """The raw array of a key, (num_models, *disk shape), mapped read-only: no checksum, no completeness."""
+        if key != COMPLETED:
+            self.field(key)
+        array: np.ndarray = np.load(self.path / f"{key}.npy", mmap_mode="r", allow_pickle=False)
+        return array
+
+    def field(self, key: str) -> Field:
+        if key not in self.spec.schema:
+            raise StoreError(f"{self.path}: no key {key!r}{nearest(key, self.spec.schema)}")
+        return self.spec.schema[key]
+
+    def completed(self) -> np.ndarray:
+        """Which rows are complete, bool (num_models,), read afresh."""
+        return self.layout.completed()
+
+    def rows(self, key: str, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+        """Values of a key, (len(rows), *shape), every row checked against its checksum; `bits` come as bool.
+
+        `rows=None` is every complete row that has the key, ascending. `StoreError` names a row that is not complete or whose bytes
+        are not what was committed.
+        """
+        field = self.field(key)
+        completed = self.completed()
+        if rows is None and not field.required:
+            completed &= self.layout.records(key)["status"] == commits.VALID
+        wanted = np.flatnonzero(completed) if rows is None else \
+            np.array([check_index(row, self.num_models) for row in rows], dtype=np.int64)
+        missing = wanted[~completed[wanted]]
+        if len(missing):
+            raise StoreError(f"{self.path}: row {missing[0]} is not complete ({len(missing)} of the {len(wanted)} rows "
+                             f"asked for); run the workers, or ask for complete rows only")
+        order = np.argsort(wanted, kind="stable")
+        distinct, position = np.unique(wanted, return_inverse=True)
+        out = np.empty((len(distinct), *field.shape), field.value_dtype)
+        step = max(1, _READ_BYTES // max(1, field.nbytes))
+        for start in range(0, len(distinct), step):
+            chunk = [int(r) for r in distinct[start:start + step]]
+            out[start:start + len(chunk)] = self._checked(field, chunk)
+        return out if len(order) == len(distinct) and np.array_equal(distinct, wanted) else out[position]
+
+    def _checked(self, field: Field, rows: list[int]) -> np.ndarray:
+        records = self.layout.records(field.name, rows)
+        blobs = []
+        for start, stop in commits.spans(rows):
+            raw = memoryview(self.layout.read(commits.key_file(field.name), rows[start], stop - start, field.nbytes)
+                             if field.nbytes else b"")
+            blobs += [raw[i * field.nbytes:(i + 1) * field.nbytes] for i in range(stop - start)]
+        for row, record, blob in zip(rows, records, blobs, strict=True):
+            problem = commits.problem(record, field.name, row, blob)
+            if problem:
+                raise StoreError(f"{self.path}: row {row}, {field.name!r}: {problem}; run it again with "
+                                 f"--worker.index={row} --worker.do_if_complete")
+        stored = np.frombuffer(b"".join(blobs), field.disk_dtype).reshape(len(rows), *field.disk_shape)
+        return field.decode(stored)
+
+    def status(self, *, failures: int = 20) -> Status:
+        """How far the store is; at most `failures` failed rows are described."""
+        completed = self.completed()
+        records = self.layout.row_records()
+        held = {int(name.partition(".")[0]) for name in self.disk.list("claims") if name.partition(".")[0].isdigit()}
+        running = np.zeros(self.num_models, bool)
+        running[[row for row in held if row < self.num_models]] = True
+        running &= ~completed
+        failed = np.flatnonzero((records["state"] == commits.FAILED) & ~completed & ~running)
+        shown = tuple(Failure(int(row), int(records["attempts"][row]), self.last_error(int(row)))
+                      for row in failed[:failures])
+        done, active = int(completed.sum()), int(running.sum())
+        return Status(self.num_models, done, active, len(failed), self.num_models - done - active - len(failed), shown)
+
+    def last_error(self, row: int) -> str:
+        """Last line of the traceback of a row's newest failed attempt, or "" where there is none."""
+        attempts = sorted((self.path / "workers" / str(row)).glob("attempt-*.json"),
+                          key=lambda p: int(p.stem.partition("-")[2]) if p.stem.partition("-")[2].isdigit() else -1)
+        try:
+            lines = str(json.loads(attempts[-1].read_text())["traceback"]).strip().splitlines()
+            return lines[-1] if lines else ""
+        except (OSError, ValueError, KeyError, IndexError):
+            return ""
+
+    # ---------------------------------------------------------------- commit
+
+    def encode(self, row: int, values: Mapping[str, Any]) -> dict[str, bytes]:
+        """What would be written for a row: bytes per key. `RowError` for anything that is not exactly what the schema
+        says: a required key missing, a key unknown, another shape, a cast that loses, a value that is not finite."""
+        where = f"row {row}"
+        if not isinstance(values, Mapping):
+            raise RowError(f"{where}: expected a dict from key to value, got {type(values).__name__}; main() returns "
+                           f"{{{', '.join(f'{k!r}: …' for k in self.spec.schema)}}}")
+        for key in values:
+            if key == COMPLETED:
+                raise RowError(f"{where}: {COMPLETED!r} is the store's own record; leave it out of what main() returns")
+            if key not in self.spec.schema:
+                raise RowError(f"{where}: unknown key {key!r}{nearest(str(key), self.spec.schema)}; add it to the "
+                               f"schema, or leave it out")
+        missing = [k for k, field in self.spec.schema.items() if field.required and k not in values]
+        if missing:
+            raise RowError(f"{where}: required key{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} "
+                           f"missing; got {', '.join(map(repr, values)) or 'nothing'}; return them, or say "
+                           f"\"required\": false in the schema")
+        return {key: self.spec.schema[key].encode(value, where=where).tobytes() for key, value in values.items()}
+
+    def audit(self, assignment: Assignment) -> dict[str, Any]:
+        """What the design itself says of a row, for the keys of the schema that have its names: the mask, and factors."""
+        values: dict[str, Any] = {k: v for k, v in assignment.choices.items() if k in self.spec.schema}
+        key = self.design.mask_key(assignment.row)
+        if key is not None and assignment.mask is not None:
+            values[key] = assignment.mask
+        return values
+
+    def commit_many(self, rows: Sequence[int] | np.ndarray, arrays: Mapping[str, Any], *, replace: bool = False) -> None:
+        """Commit rows, {key: values with leading axis len(rows)}; complete and durable when this returns.
+
+        Everything is checked before any byte is written. Rows that this process has not claimed are claimed for the
+        duration. Masks and factors of the design are filled in where `arrays` does not have them.
+
+        Raises
+        ------
+        RowError : a value that may not be written, an index that is not a row, a row twice, or a row that is complete
+            already, unless `replace` is given: then the new row is whole at the side before the old one goes.
+        ClaimLost : somebody else holds one of the rows.
+        StoreError : the disk refused; each row is incomplete, or complete and exact.
+        """
+        numbers = [check_index(row, self.num_models) for row in rows]
+        if len(set(numbers)) != len(numbers):
+            raise RowError(f"rows: {_twice(numbers)} stands twice in one commit")
+        for key, values in arrays.items():
+            if not hasattr(values, "__len__") or len(values) != len(numbers):
+                raise RowError(f"{key!r}: expected a leading axis of {len(numbers)} rows, got "
+                               f"{len(values) if hasattr(values, '__len__') else type(values).__name__}")
+        encoded = {}
+        for position, row in enumerate(numbers):
+            given = {key: values[position] for key, values in arrays.items()}
+            encoded[row] = self.encode(row, {**self._audit_missing(row, given), **given})
+        self.commit_encoded(encoded, replace=replace)
+
+    def _audit_missing(self, row: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        key = self.design.mask_key(row)
+        assignment = self.design.assignment(row, with_mask=key is not None and key not in given)
+        return self.audit(assignment)
+
+    def commit_encoded(self, encoded: Mapping[int, Mapping[str, bytes]], *, replace: bool = False) -> None:
+        """`commit_many` of rows that `encode` has checked. Rows of one call may have different optional keys."""
+        rows = sorted(encoded)
+        if not rows:
+            return
+        borrowed = [row for row in rows if row not in self.run.claims]
+        try:
+            for row in borrowed:
+                if not self.run.take(row):
+                    raise RowError(f"row {row}: another worker is running it; wait for it, or stop it")
+            with self.run.committing(rows) as guard:
+                complete = self.layout.completed(rows)
+                old = [row for row, flag in zip(rows, complete, strict=True) if flag]
+                if old and not replace:
+                    raise RowError(f"row {old[0]}: already complete; nothing is written (say replace=True, or "
+                                   f"--worker.do_if_complete, to replace it)")
+                infos = self._infos(rows)
+                for row in old:
+                    commits.write_journal(self.layout, row, encoded[row], infos[row], self.run.id)
+                    commits.apply_journal(self.layout, row, guard)
+                fresh = [row for row, flag in zip(rows, complete, strict=True) if not flag]
+                for keys in sorted({tuple(encoded[row]) for row in fresh}):
+                    batch = [row for row in fresh if tuple(encoded[row]) == keys]
+                    commits.commit(self.layout, batch, {key: [encoded[row][key] for row in batch] for key in keys},
+                                   [infos[row] for row in batch], self.run.id, guard)
+        finally:
+            for row in borrowed:
+                self.run.release(row, done=False)
+
+    def _infos(self, rows: list[int]) -> dict[int, RowInfo]:
+        now = time.time()
+        infos = {}
+        for row, record in zip(rows, self.layout.row_records(rows), strict=True):
+            started = float(record["started"]) if record["run"] == self.run.id.encode() else now
+            seed = self.design.assignment(row, with_mask=False).seed
+            infos[row] = RowInfo(max(1, int(record["attempts"])), started, seed)
+        return infos
+
+    # ------------------------------------------------- what a worker records
+
+    def begin(self, row: int) -> int:
+        """Count an attempt of a claimed row; the number of attempts so far, this one included."""
+        record = self.layout.row_records([row])[0]
+        attempts = int(record["attempts"]) + 1 if commits.row_record_intact(record, row) else 1
+        self._write_row(row, commits.RUNNING, attempts, finished=0.0)
+        return attempts
+
+    def fail(self, row: int, attempts: int, traceback: str) -> Path:
+        """Record a failed attempt of a claimed row; where its traceback is."""
+        name = f"workers/{row}/attempt-{attempts}.json"
+        report = {"row": row, "attempt": attempts, "run": self.run.id, "time": time.time(), "traceback": traceback}
+        self.disk.put(name, (json.dumps(report, indent=1) + "\n").encode())
+        self._write_row(row, commits.FAILED, attempts, finished=time.time())
+        return self.path / name
+
+    def give_back(self, row: int, attempts: int) -> None:
+        """Undo `begin`: the row was stopped from outside, which says nothing against it."""
+        self._write_row(row, commits.PENDING, max(0, attempts - 1), finished=0.0)
+
+    def _write_row(self, row: int, state: int, attempts: int, *, finished: float) -> None:
+        if self.layout.completed([row])[0]:
+            return  # the record belongs to the values that the row holds until they are replaced
+        seed = self.design.assignment(row, with_mask=False).seed
+        record = commits.row_record(row, state=state, attempts=attempts, started=time.time(), finished=finished,
+                                    seed=seed, run=self.run.id)
+        self.layout.write(ROWS_FILE, [row], [record], lambda: None)
+
+    @cached_property
+    def required(self) -> tuple[str, ...]:
+        return tuple(key for key, field in self.spec.schema.items() if field.required)
+
+
+def _twice(numbers: list[int]) -> int:
+    return next(n for n in numbers if numbers.count(n) > 1)
+
+
+def _files(spec: Spec) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+    """(name, dtype, row shape) of every array of a store."""
+    arrays = [(COMPLETED_FILE, np.dtype("?"), ()), (ROWS_FILE, ROW_RECORD, ())]
+    for key, field in spec.schema.items():
+        arrays.append((commits.key_file(key), field.disk_dtype, field.disk_shape))
+        arrays.append((commits.record_file(key), KEY_RECORD, ()))
+    return arrays
+
+
+def _head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The `.npy` header; numpy leaves room in it for `num_models` to grow."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
+                                               "shape": shape})
+    return out.getvalue()
+
+
+def _check_head(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    """Offset behind a file's header. `StoreError` unless it holds exactly an array of this dtype and shape."""
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            found_shape, fortran, found_dtype = read(file)
+            head = file.tell()
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        raise StoreError(f"{path}: this file of the store is missing; restore it, or initialise a new store") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: not a .npy file ({error}); restore it, or initialise a new store") from None
+    if (found_shape, found_dtype, fortran) != (shape, dtype, False):
+        raise StoreError(f"{path}: expected shape {list(shape)}, dtype {dtype} in C order as spec.json says, got "
+                         f"{list(found_shape)}, {found_dtype}; one of the two was changed; restore it")
+    expected = head + dtype.itemsize * int(np.prod(shape, dtype=object))
+    if size < expected:
+        raise StoreError(f"{path}: expected {expected:,} bytes, got {size:,}: the file was cut short; restore it")
+    return int(head)
+
+
+def _refuse_existing(path: Path, spec: Spec) -> None:
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"{path}: expected a folder, this is a file; choose another logdir")
+    if (path / SPEC_FILE).exists():
+        raise StoreError(f"{path}: there is a store already, nothing is changed; choose another logdir, or remove it")
+    if (path / MARKER).exists():
+        return  # an initialisation was interrupted: before spec.json there is no row to lose
+    for name, _, _ in _files(spec):
+        if (path / name).exists():
+            raise StoreError(f"{path / name}: exists, and there is no spec.json, so it is not ours to overwrite; choose "
+                             f"another logdir, or move it away")
+
+
+@contextlib.contextmanager
+def _initialising(path: Path) -> Any:
+    """Marks the folder while its files are made, and keeps a second initialisation out."""
+    import fcntl
+    fd = os.open(path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{path}: another process is initialising this folder; nothing is changed") from None
+        except OSError:
+            pass  # no locks on this file system; publishing spec.json still has one winner
+        if (path / SPEC_FILE).exists():
+            raise StoreError(f"{path}: there is a store already, nothing is changed; choose another logdir, or remove it")
+        yield
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path / MARKER)
+    finally:
+        os.close(fd)
+
+
+def _publish(beside: Path, path: Path) -> None:
+    """Give a finished file its name, unless somebody else was first."""
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise StoreError(f"{path.parent}: there is a store already; another process initialised it") from None
+    except OSError:  # a file system without hard links
+        os.rename(beside, path)
+        return
+    os.unlink(beside)
