@@ -1,0 +1,267 @@
+"""Fit datamodels to a store: python -m datamodels.regression.compute_datamodels -C regression/digits.yaml"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import datamodels
+from datamodels import cli
+from datamodels.cli import Option
+from datamodels.errors import ConfigError, RegressionError
+from datamodels.regression import lasso
+from datamodels.regression.datamodel import Datamodel
+from datamodels.regression.problem import problem_from_store
+
+# In the order in which they appear in out_dir; with datamodels.pt there, all are.
+RESULTS = ("regularization_path", "final_lambda", "regression.json", "datamodels.pt")
+GRADIENT_STEPS = "the solver is exact coordinate descent; it takes no gradient steps"
+
+OPTIONS: Mapping[str, Mapping[str, Option]] = {
+    "data": {
+        "logdir": Option(str, "the store to read"),
+        "data_path": Option(str, "a .beton file; this version reads a store instead, see data.logdir"),
+        "x_name": Option(str, "key of the columns: masks, or any number or vector per row", default="masks"),
+        "y_name": Option(str, "key of the outcomes", default="margins"),
+        "num_train": Option(int, "rows that fit the path; left out: all complete rows but num_val", min=2),
+        "num_val": Option(int, "rows that choose the lambda; left out: a tenth of the rows", min=1),
+        "seed": Option(int, "draws which rows validate", default=0, min=0),
+        "target_start_ind": Option(int, "first target", default=0, min=0),
+        "target_end_ind": Option(int, "target after the last one; -1: to the end", default=-1, min=-1),
+    },
+    "cfg": {
+        "out_dir": Option(str, "where the result goes; a result already there is refused", required=True),
+        "k": Option(int, "number of lambdas on a path", default=lasso.DEFAULT_K, min=1),
+        "eps": Option(float, "smallest lambda / largest lambda", default=lasso.DEFAULT_EPS),
+        "tol": Option(float, "relative duality gap that the result must reach", default=lasso.DEFAULT_TOL),
+        "use_bias": Option(int, "1: fit a bias; 0: fix it at 0", default=1, choices=(0, 1)),
+        "num_workers": Option(int, "threads, at most one per core; 0: one per core", default=0, min=0),
+        "lr": Option(float, "learning rate", ignored=GRADIENT_STEPS),
+        "batch_size": Option(int, "batch size", ignored=GRADIENT_STEPS),
+    },
+    "early_stopping": {
+        "patience": Option(
+            int,
+            "a target's path stops when validation had no new minimum for so many lambdas",
+            default=lasso.DEFAULT_PATIENCE,
+            min=1,
+        ),
+        "check_every": Option(
+            int, "how often to check", ignored="every lambda is checked; see early_stopping.patience"
+        ),
+        "eps": Option(
+            float, "tolerance of the inner loop", ignored="each fit ends at a duality gap; see cfg.tol"
+        ),
+    },
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = cli.parse(
+        "python -m datamodels.regression.compute_datamodels",
+        "Fit sparse linear datamodels from the training rows of a store.",
+        OPTIONS,
+        argv,
+    )
+    data, cfg = args.section("data"), args.section("cfg")
+    if data["logdir"] is None:
+        if data["data_path"] is not None:
+            raise ConfigError(
+                f"data.data_path={data['data_path']}: .beton files cannot be read yet; "
+                f"name the store that it was written from with --data.logdir"
+            )
+        raise ConfigError("data.logdir is missing: the store to read")
+    if data["data_path"] is not None:
+        print("note: data.data_path is not read, because data.logdir is given", file=sys.stderr)
+    compute(
+        out_dir=Path(cfg["out_dir"]),
+        logdir=Path(data["logdir"]),
+        x_name=data["x_name"],
+        y_name=data["y_name"],
+        num_train=data["num_train"],
+        num_val=data["num_val"],
+        seed=data["seed"],
+        target_start=data["target_start_ind"],
+        target_end=data["target_end_ind"],
+        k=cfg["k"],
+        eps=cfg["eps"],
+        tol=cfg["tol"],
+        patience=args["early_stopping.patience"],
+        use_bias=bool(cfg["use_bias"]),
+        workers=cfg["num_workers"] or None,
+    )
+    return 0
+
+
+def compute(
+    *,
+    out_dir: Path,
+    logdir: Path,
+    x_name: str = "masks",
+    y_name: str = "margins",
+    num_train: int | None = None,
+    num_val: int | None = None,
+    seed: int = 0,
+    target_start: int = 0,
+    target_end: int = -1,
+    k: int = lasso.DEFAULT_K,
+    eps: float = lasso.DEFAULT_EPS,
+    tol: float = lasso.DEFAULT_TOL,
+    patience: int = lasso.DEFAULT_PATIENCE,
+    use_bias: bool = True,
+    workers: int | None = None,
+) -> Datamodel:
+    """Read the store, fit, and leave the result in out_dir; one line per step and warning goes to stderr.
+
+    Raises RegressionError for an out_dir that holds a result, and what problem_from_store and fit raise.
+    """
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
+
+    from tqdm import tqdm
+
+    from datamodels.store import Store
+
+    refuse_result(out_dir)
+    started = time.time()
+    problem = problem_from_store(
+        Store.open(logdir),
+        x_name=x_name,
+        y_name=y_name,
+        num_train=num_train,
+        num_val=num_val,
+        seed=seed,
+        target_start=target_start,
+        target_end=target_end,
+    )
+    read = time.time()
+    p, T = problem.x.shape[1], problem.y.shape[1]
+    say(f"{len(problem.train)} rows to fit, {len(problem.val)} to validate; {p} columns, {T} targets")
+    with (
+        warnings.catch_warnings(record=True) as raised,
+        tqdm(total=T, unit="target", desc="regression", disable=not sys.stderr.isatty()) as bar,
+    ):
+        warnings.simplefilter("always", lasso.RegressionWarning)
+        model = lasso.fit(
+            problem,
+            k=k,
+            eps=eps,
+            patience=patience,
+            tol=tol,
+            use_bias=use_bias,
+            workers=workers,
+            progress=bar.update,
+        )
+    fitted = time.time()
+    for warning in raised:
+        say(f"warning: {warning.message}")
+    report = {
+        "config": config,
+        "about": dict(model.about),
+        "rows": {"train": problem.rows[problem.train].tolist(), "val": problem.rows[problem.val].tolist()},
+        "summary": {
+            "columns": p,
+            "targets": T,
+            "gap_max": float(model.gap.max()),
+            "kkt_max": float(model.kkt.max()),
+            "nnz_mean": float(model.nnz.mean()),
+            "r2_val_mean": _mean(model.r2_val),
+            "r2_train_mean": _mean(model.r2_train),
+            "ended": {why: model.ended.count(why) for why in sorted(set(model.ended))},
+        },
+        "warnings": [str(warning.message) for warning in raised],
+        "versions": _versions(),
+        "seconds": {"read": round(read - started, 3), "fit": round(fitted - read, 3)},
+    }
+    write_result(out_dir, model, report)
+    say(
+        f"{T} datamodels in {out_dir}: {fitted - read:.1f} s, mean non-zeros {model.nnz.mean():.0f}, "
+        f"validation R2 {_mean(model.r2_val) or float('nan'):.3f}, largest duality gap {model.gap.max():.1e}"
+    )
+    return model
+
+
+def refuse_result(out_dir: Path) -> None:
+    """RegressionError if out_dir is not a folder or holds (part of) a result."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise RegressionError(f"cfg.out_dir={out_dir}: is a file; name a folder")
+    held = [name for name in RESULTS if (out_dir / name).exists()]
+    if held:
+        raise RegressionError(
+            f"cfg.out_dir={out_dir}: already holds a result ({', '.join(held)}), which is left as it is; "
+            f"name another folder, or move that one away"
+        )
+
+
+def write_result(out_dir: Path, model: Datamodel, report: Mapping[str, Any]) -> None:
+    """Write everything beside out_dir, sync, and rename: a result appears whole, datamodels.pt last."""
+    out_dir = Path(os.path.abspath(out_dir))
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    beside = out_dir.parent / f".{out_dir.name}.partial-{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        arrays = {
+            f"final_lambda/{name}": getattr(model, name)
+            for name in ("weight", "bias", "lam", "gap", "kkt", "nnz", "r2_train", "r2_val")
+        }
+        if model.path is not None:
+            arrays |= {
+                f"regularization_path/{name}": getattr(model.path, name) for name in ("lam", "val_mse", "nnz")
+            }
+        for name, values in arrays.items():
+            file = beside / f"{name}.npy"
+            file.parent.mkdir(exist_ok=True)
+            np.save(file, values)
+        (beside / "regression.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        model.save(beside / "datamodels.pt")
+        for path in [file for file in beside.rglob("*") if file.is_file()] + [beside]:
+            _sync(path)
+
+        refuse_result(out_dir)  # somebody else may have finished meanwhile
+        if not out_dir.exists() or not any(out_dir.iterdir()):
+            os.rename(beside, out_dir)
+        else:
+            for name in RESULTS:
+                os.rename(beside / name, out_dir / name)
+            _sync(out_dir)
+        _sync(out_dir.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
+
+
+def _versions() -> dict[str, str]:
+    names = ("numpy", "scipy", "scikit-learn", "torch")
+    return {"datamodels": datamodels.__version__, "python": platform.python_version()} | {
+        name: metadata.version(name) for name in names
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,254 @@
+"""The regression problem: columns, outcomes, and which rows choose the weights and which the lambda."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from datamodels.errors import RegressionError
+
+if TYPE_CHECKING:
+    from datamodels.store import Store
+
+VAL_SHARE = 0.1  # of the rows, where nobody says num_val
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """`n` rows of `p` columns and `T` outcomes, split into rows that fit and rows that choose the lambda.
+
+    x: (n, p), bool or real.  y: (n, T), float.  train, val: positions in 0..n-1, disjoint, ascending.
+    columns, targets: p and T names.  rows: (n,), what a row is called in messages (its number in the store).
+
+    Raises RegressionError for shapes that do not fit together and for values that are not finite.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    train: np.ndarray
+    val: np.ndarray
+    columns: tuple[str, ...]
+    targets: tuple[str, ...]
+    rows: np.ndarray
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        x, y = self.x, self.y
+        if x.ndim != 2 or y.ndim != 2:
+            raise RegressionError(
+                f"columns and outcomes must be matrices, one row per run; got shapes {x.shape} and "
+                f"{y.shape}; reshape each row to a vector first"
+            )
+        if len(x) != len(y) or len(x) != len(self.rows):
+            raise RegressionError(
+                f"columns have {len(x)} rows, outcomes {len(y)}, row numbers {len(self.rows)}: they "
+                f"must be the same runs in the same order"
+            )
+        if x.shape[1] == 0 or y.shape[1] == 0:
+            raise RegressionError(f"nothing to fit: {x.shape[1]} columns and {y.shape[1]} targets")
+        if x.dtype.kind not in "biuf":
+            raise RegressionError(
+                f"columns must be bool or real numbers, got dtype {x.dtype}; encode them as numbers"
+            )
+        if y.dtype.kind not in "biuf":
+            raise RegressionError(f"outcomes must be real numbers, got dtype {y.dtype}")
+        for what, names, width in (
+            ("column", self.columns, x.shape[1]),
+            ("target", self.targets, y.shape[1]),
+        ):
+            if len(names) != width:
+                raise RegressionError(f"{len(names)} {what} names for {width} {what}s")
+        _refuse_nonfinite(x, self.rows, self.columns, "column")
+        _refuse_nonfinite(y, self.rows, self.targets, "target")
+        both = np.concatenate([self.train, self.val])
+        if len(self.train) < 2 or len(self.val) < 1:
+            raise RegressionError(
+                f"{len(self.train)} training and {len(self.val)} validation rows: no split possible; "
+                f"at least 2 and 1 are needed"
+            )
+        if both.min() < 0 or both.max() >= len(x) or len(np.unique(both)) != len(both):
+            raise RegressionError(
+                f"training and validation rows must be different positions in 0..{len(x) - 1}, each used once"
+            )
+
+
+def make_problem(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    num_train: int | None = None,
+    num_val: int | None = None,
+    seed: int = 0,
+    groups: np.ndarray | None = None,
+    columns: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    rows: np.ndarray | None = None,
+) -> Problem:
+    """Problem of the first num_train + num_val rows; all rows of one group on one side of the split.
+
+    x: (n, p) or (n,).  y: (n, T) or (n,).  num_val=None: a tenth of the rows.  num_train=None: all the
+    others.
+    groups: (n,), equal for the rows that share a mask; None: every row stands alone.
+    With groups of several rows the validation side is as close to num_val as whole groups come, never above
+    it.
+
+    Raises RegressionError when there are fewer rows than asked for, or no split is possible.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    x = x[:, None] if x.ndim == 1 else x
+    y = y[:, None] if y.ndim == 1 else y
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise RegressionError(
+            f"columns of shape (rows, p) and outcomes of shape (rows, T) are needed, with the same "
+            f"rows; got {x.shape} and {y.shape}"
+        )
+    count, num_val = count_rows(len(x), num_train, num_val)
+    x, y = x[:count], y[:count]
+    groups = np.arange(count) if groups is None else np.asarray(groups)[:count]
+    if groups.shape != (count,):
+        raise RegressionError(f"groups: expected one entry per row, shape ({count},), got {groups.shape}")
+    train, val = split_rows(groups, num_val, seed)
+    return Problem(
+        x=x,
+        y=y,
+        train=train,
+        val=val,
+        seed=seed,
+        columns=tuple(columns) if columns is not None else tuple(f"x[{j}]" for j in range(x.shape[1])),
+        targets=tuple(targets) if targets is not None else tuple(f"y[{t}]" for t in range(y.shape[1])),
+        rows=np.arange(count) if rows is None else np.asarray(rows)[:count],
+    )
+
+
+def count_rows(
+    available: int, num_train: int | None, num_val: int | None, where: str = "the data"
+) -> tuple[int, int]:
+    """How many rows take part and how many of them validate; RegressionError if there are too few."""
+    for name, value in (("num_train", num_train), ("num_val", num_val)):
+        if value is not None and value < 1:
+            raise RegressionError(f"{name}={value}: at least 1 is needed; leave it out for the default")
+    if num_val is None:
+        base = available if num_train is None else min(available, round(num_train / (1 - VAL_SHARE)))
+        num_val = max(1, round(VAL_SHARE * base)) if num_train is None else max(1, base - num_train)
+    count = available if num_train is None else num_train + num_val
+    if count > available:
+        raise RegressionError(
+            f"num_train + num_val = {num_train} + {num_val} = {count} rows asked for, but {where} has "
+            f"{available} complete training rows; train more models, or ask for fewer rows"
+        )
+    if count - num_val < 2:
+        raise RegressionError(
+            f"no split possible: {where} has {available} complete training rows and num_val={num_val} "
+            f"of them would validate; at least 2 must be left to fit"
+        )
+    return count, num_val
+
+
+def split_rows(groups: np.ndarray, num_val: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (train, val), ascending; whole groups go to validation in an order drawn from the seed."""
+    _, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    chosen = np.zeros(len(sizes), dtype=bool)
+    left = num_val
+    for group in np.random.default_rng(seed).permutation(len(sizes)):
+        if sizes[group] <= left:
+            chosen[group] = True
+            left -= sizes[group]
+        if left == 0:
+            break
+    is_val = chosen[members.reshape(-1)]
+    if not is_val.any() or is_val.all():
+        raise RegressionError(
+            f"no split possible: {len(groups)} rows have {len(sizes)} different masks, and none of "
+            f"them fits into num_val={num_val} rows whole; raise num_val, or train on more masks"
+        )
+    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
+
+
+def problem_from_store(
+    store: Store,
+    *,
+    x_name: str = "masks",
+    y_name: str = "margins",
+    num_train: int | None = None,
+    num_val: int | None = None,
+    seed: int = 0,
+    target_start: int = 0,
+    target_end: int = -1,
+) -> Problem:
+    """Problem from the complete training rows of a store; evaluation rows are never read.
+
+    Rows are taken in ascending order. Two rows share a mask when the design says so, or, where the design
+    gives no masks, when their columns are equal. target_end=-1: to the end.
+
+    Raises RegressionError for keys the store does not have, too few complete rows and a slice out of range.
+    """
+    where = f"the store {store.logdir}"
+    for name, what in ((x_name, "x_name"), (y_name, "y_name")):
+        if name not in store.spec.schema:
+            raise RegressionError(
+                f"{where} has no key {name!r} (data.{what}); it has {', '.join(store.spec.schema)}"
+            )
+        if len(store.spec.schema[name].shape) > 1:
+            raise RegressionError(
+                f"key {name!r} (data.{what}) has shape {store.spec.schema[name].shape} per row; the "
+                f"regression takes one number or one vector per row"
+            )
+    num_targets = int(np.prod(store.spec.schema[y_name].shape, dtype=int))
+    start, end = slice_targets(num_targets, target_start, target_end)
+
+    rows = np.flatnonzero(store.completed() & (store.design.roles == "train"))
+    count, _ = count_rows(len(rows), num_train, num_val, where)
+    rows = rows[:count]
+    x = store.rows(x_name, rows).reshape(count, -1)
+    y = store.rows(y_name, rows).reshape(count, -1)[:, start:end]
+    groups = np.asarray(store.design.mask_ids)[rows].copy()
+    if (groups < 0).any():
+        groups = np.where(groups < 0, groups.max() + 1 + _equal_rows(x), groups)
+    names = [f"{y_name}[{t}]" for t in range(start, end)] if store.spec.schema[y_name].shape else [y_name]
+    columns = [f"{x_name}[{j}]" for j in range(x.shape[1])] if store.spec.schema[x_name].shape else [x_name]
+    return make_problem(
+        x,
+        y,
+        num_train=num_train,
+        num_val=num_val,
+        seed=seed,
+        groups=groups,
+        columns=columns,
+        targets=names,
+        rows=rows,
+    )
+
+
+def slice_targets(num_targets: int, start: int, end: int) -> tuple[int, int]:
+    """(start, end) with end=-1 resolved; RegressionError if the slice is empty or leaves the targets."""
+    stop = num_targets if end == -1 else end
+    if not 0 <= start < stop <= num_targets:
+        raise RegressionError(
+            f"targets {start} to {end}: out of range, there are {num_targets} targets; "
+            f"0 <= target_start_ind < target_end_ind <= {num_targets} is needed (-1: to the end)"
+        )
+    return start, stop
+
+
+def _equal_rows(x: np.ndarray) -> np.ndarray:
+    """(n,), the same number for rows with the same bytes."""
+    digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in x]
+    return np.unique(digests, return_inverse=True)[1].reshape(-1)
+
+
+def _refuse_nonfinite(values: np.ndarray, rows: np.ndarray, names: Sequence[str], what: str) -> None:
+    if values.dtype.kind != "f":
+        return
+    for first in range(0, len(values), 4096):  # never a second copy of a large matrix
+        bad = ~np.isfinite(values[first : first + 4096])
+        if bad.any():
+            at, column = np.argwhere(bad)[0]
+            total = int((~np.isfinite(values)).sum())
+            raise RegressionError(
+                f"row {rows[first + at]}, {what} {names[column]!r}: {values[first + at, column]} is not "
+                f"finite ({total} such values in all); leave the row out, or train it again"
+            )
