@@ -186,7 +186,7 @@ def problem_from_store(
 
     Raises RegressionError for keys the store does not have, too few complete rows and a slice out of range.
     """
-    where = f"the store {store.logdir}"
+    where = f"the store {store.path}"
     for name, what in ((x_name, "x_name"), (y_name, "y_name")):
         if name not in store.spec.schema:
             raise RegressionError(
