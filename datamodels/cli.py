@@ -259,9 +259,7 @@ class _File:
     def leaves(self, known: Collection[str]) -> Iterator[tuple[str, _Given]]:
         """(dotted key, value) pairs; a mapping under a known key is that key's value."""
 
-        def walk(
-            tree: dict[str, Any], path: tuple[str, ...], keys: tuple[str, ...]
-        ) -> Iterator[tuple[str, _Given]]:
+        def walk(tree: dict[str, Any], path: tuple[str, ...], keys: tuple[str, ...]) -> Iterator[tuple[str, _Given]]:
             for key, value in tree.items():
                 name = ".".join((*path, key))
                 if isinstance(value, dict) and name not in known:
@@ -402,7 +400,7 @@ def _tokenize(argv: Sequence[str], known: Collection[str], switches: Collection[
         at += 1
         name, equals, value = item.partition("=")
         if item == "--":
-            tokens.left += [((rest,), "", "") for rest in items[at:]]
+            tokens.left.append((tuple(items[at - 1 :]), "", ""))
             break
         if item in ("-h", "--help"):
             tokens.help = True
@@ -469,9 +467,7 @@ class Arguments:
 
     def section(self, name: str) -> dict[str, Any]:
         """All values of one section by their short names."""
-        return {
-            key.removeprefix(name + "."): self[key] for key in self._options if key.rpartition(".")[0] == name
-        }
+        return {key.removeprefix(name + "."): self[key] for key in self._options if key.rpartition(".")[0] == name}
 
     def given(self, key: str) -> bool:
         """Whether anyone set the key: command line, file or environment."""
@@ -529,6 +525,7 @@ def parse(
     rest: list[str] = []
     unknown: list[tuple[str, str]] = []
     loose: list[str] = []
+    stray: str | None = None
     by_name = {file.name: file for file in files}
     for used, key, file_name in tokens.left:
         if file_name:
@@ -543,14 +540,16 @@ def parse(
             rest += used
             if key:
                 unknown.append((key, "command line"))
+            elif used[0] == "--":
+                loose += used[1:]
             else:
                 loose += used
+                stray = stray or (used[0] if re.match("-.", used[0]) else None)
 
     if not passthrough:
         if unknown:
             raise ConfigError(_unknown_message(*unknown[0], list(options)))
-        stray = next((item for item in loose if item.startswith("-") and item != "-"), None)
-        if stray is not None and "--" not in argv:
+        if stray:
             raise ConfigError(f"{stray} (command line): options begin with two dashes; see {prog} --help")
     if not tokens.help:
         _judge(options, given, unknown, config)
@@ -742,7 +741,9 @@ def _print_help(text: str) -> NoReturn:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
+    if isinstance(value, float) and float(short := f"{value:g}") == value:
+        return short
+    return str(value) or "''"
 
 
 def _usage(prog: str, positional: Sequence[tuple[str, str]], passthrough: bool) -> str:
@@ -788,9 +789,7 @@ def _help(
         lines += ["", user]
     elif help_later is not None:
         lines += ["", *_wrap(f"With --{help_later}=MODULE, --help shows that module's own options too.")]
-    section, name = next(
-        ((section, name) for section, names in sections.items() for name in names), ("a", "b")
-    )
+    section, name = next(((section, name) for section, names in sections.items() for name in names), ("a", "b"))
     lines += ["", "how values are given"]
     lines += _entry("command line", f"--{section}.{name}=VALUE or --{section}.{name} VALUE; a BOOL also bare")
     lines += _entry("-C, --config-file FILE", "YAML or JSON; may be repeated, the last one wins:")
