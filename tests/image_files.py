@@ -62,7 +62,8 @@ def python2_batch(pixels: np.ndarray, labels: list[int], *, label: str = "traini
 
     def string(value: str | bytes) -> bytes:  # SHORT_BINSTRING, and BINSTRING from 256 bytes on
         raw = value.encode() if isinstance(value, str) else value
-        return (b"U" + struct.pack("<B", len(raw)) if len(raw) < 256 else b"T" + struct.pack("<i", len(raw))) + raw
+        length = struct.pack("<cB", b"U", len(raw)) if len(raw) < 256 else struct.pack("<ci", b"T", len(raw))
+        return length + raw
 
     def integer(value: int) -> bytes:  # BININT1, BININT2, BININT
         if 0 <= value < 1 << 8:
@@ -84,7 +85,8 @@ def python2_batch(pixels: np.ndarray, labels: list[int], *, label: str = "traini
         + integer(pixels.shape[0]) + integer(pixels.shape[1]) + b"\x86" + put()
         + b"cnumpy\ndtype\n" + put()
         + string("u1") + put() + integer(0) + integer(1) + b"\x87" + put() + b"R" + put()
-        + b"(" + integer(3) + string("|") + put() + b"NNN" + integer(-1) + integer(-1) + integer(0) + b"t" + put() + b"b"
+        + b"(" + integer(3) + string("|") + put() + b"NNN" + integer(-1) + integer(-1) + integer(0)
+        + b"t" + put() + b"b"
         + b"\x89" + string(pixels.tobytes()) + put() + b"t" + put() + b"b"  # NEWFALSE: C order
     )  # fmt: skip
     return (
@@ -92,6 +94,6 @@ def python2_batch(pixels: np.ndarray, labels: list[int], *, label: str = "traini
         + string("batch_label") + put() + string(label) + put()
         + string("labels") + put() + sequence([integer(i) for i in labels])
         + string("data") + put() + array
-        + string("filenames") + put() + sequence([string(f"image_{i}.png") + put() for i in range(len(labels))])
+        + string("filenames") + put() + sequence([string(f"{i}.png") + put() for i in range(len(labels))])
         + b"u."
     )  # fmt: skip

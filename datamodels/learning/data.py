@@ -45,8 +45,7 @@ class Split:
                 raise DatamodelsError(f"split: expected {name} as an array of {np.dtype(dtype)}, got {got}")
         if self.labels.ndim != 1 or self.inputs.ndim < 2 or len(self.inputs) != len(self.labels):
             raise DatamodelsError(
-                f"split: expected inputs (n, ...) and labels (n,), "
-                f"got {self.inputs.shape} and {self.labels.shape}"
+                f"split: expected inputs (n, ...) and labels (n,), got {self.inputs.shape} and {self.labels.shape}"
             )
         if len(self.labels) == 0:
             raise DatamodelsError("split: expected at least one example, got none")
