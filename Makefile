@@ -19,7 +19,7 @@ READY := $(VENV)/.ready
 .PHONY: help demo test lint bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//; 1,/^$$/p' Makefile | sed '/^SHELL/,$$d'
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(READY)
 	@$(RUN) -m examples.digits.run $(ARGS)
