@@ -708,6 +708,14 @@ def collect_user(args: Arguments) -> None:
         raise ConfigError(_missing(missing))
 
 
+def user_values() -> list[str]:
+    """The user's own settings as `collect_user` left them, one `section.name  value` per line."""
+    config = fastargs.get_current_config()
+    names = [".".join(path) for path in config.entries]
+    width = max(map(len, names), default=0)
+    return [f"{name:{width}} {config[name]!r}" for name in names]
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with main's exit code; what a user can put right is one line on stderr, no traceback.
 

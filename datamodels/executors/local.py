@@ -1,0 +1,88 @@
+"""Workers as processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from datamodels.executors.base import Executor, Exit
+
+# Whichever of these a numerical library reads, W workers then use W cores and no more.
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS",
+                    "VECLIB_MAXIMUM_THREADS")
+_TAIL_BYTES = 4000
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def capped_threads(workers: int, environ: Mapping[str, str]) -> dict[str, str]:
+    """Thread counts for each of `workers` processes; a count that the user has set stays."""
+    share = str(max(1, cores() // workers))
+    return {name: environ.get(name, share) for name in THREAD_VARIABLES}
+
+
+class LocalExecutor(Executor):
+    """Each copy is a process group of its own, so that it can be ended with everything it started.
+
+    What a copy prints goes to `logs/worker-<number>.log`.
+    """
+
+    def __init__(self, command: Sequence[str], *, workers: int, logs: Path, environment: Mapping[str, str]):
+        self.command, self.logs = list(command), logs
+        self.environment = {**os.environ, **capped_threads(workers, os.environ), **environment}
+        self._processes: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def log(self, number: int) -> Path:
+        return self.logs / f"worker-{number}.log"
+
+    def start(self, number: int) -> None:
+        with open(self.log(number), "ab") as log:
+            process = subprocess.Popen(self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
+        self._processes[number] = (process, time.monotonic())
+
+    def running(self) -> int:
+        return len(self._processes)
+
+    def ended(self) -> list[Exit]:
+        exits = []
+        for number, (process, started) in list(self._processes.items()):
+            code = process.poll()
+            if code is not None:
+                del self._processes[number]
+                exits.append(Exit(number, code, time.monotonic() - started, self._words(number)))
+        return exits
+
+    def _words(self, number: int) -> str:
+        with open(self.log(number), "rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+            return log.read().decode(errors="replace").strip()
+
+    def stop(self, seconds: float) -> None:
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + seconds
+        while self._processes and time.monotonic() < deadline:
+            self.ended()
+            time.sleep(0.02)
+        self._signal(signal.SIGKILL)
+        for process, _ in self._processes.values():
+            process.wait()
+        self._processes.clear()
+
+    def _signal(self, number: int) -> None:
+        for process, _ in self._processes.values():
+            try:
+                if number == signal.SIGKILL:
+                    os.killpg(process.pid, number)
+                else:
+                    process.send_signal(number)  # its children are the worker's to end
+            except ProcessLookupError:
+                continue

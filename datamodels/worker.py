@@ -1,0 +1,666 @@
+"""`python -m datamodels.worker`: claim a row, call the user's main, check what came back, commit it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import importlib
+import importlib.util
+import inspect
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any, Self
+
+import numpy as np
+from tqdm import tqdm
+
+from datamodels import cli
+from datamodels.cli import Option
+from datamodels.design import RESERVED, Assignment, check_index
+from datamodels.errors import ClaimLost, ConfigError, DatamodelsError, RowError, StoreError
+from datamodels.store import Store
+from datamodels.store import commit as commits
+
+POOL_VARIABLE = "DATAMODELS_POOL_PID"
+_GRACE = 3.0  # seconds between asking main to stop and killing the process
+
+SECTIONS = {"worker": {
+    "logdir": Option(str, "the store", required=True),
+    "main_import": Option(str, "dotted module with main(), found from the current folder or the Python path, as in "
+                               "examples.minimal.train_minimal", required=True),
+    "index": Option(int, "run this row and no other; without it, claim pending rows until none is left"),
+    "batch": Option(int, "rows per call of main_many()", default=1, min=1),
+    "retries": Option(int, "how often a row that failed, or whose process died, is tried again", default=2, min=0),
+    "job_timeout": Option(int, "seconds after which a call of main is ended and its rows count as failed", min=1),
+    "do_if_complete": Option(bool, "with --worker.index: run a complete row again and replace it once the new values "
+                                   "are checked", default=False),
+    "sync": Option(bool, "wait until each commit is on the disk; false is faster and may lose the last seconds to a "
+                         "power cut, never to a killed process", default=True),
+    "time_to_live": Option(float, "seconds without a heartbeat after which another host may take over a row",
+                           default=120.0, min=1),
+    "dry_run": Option(bool, "show what a row would be called with, and stop", default=False),
+    "smoke": Option(bool, "run one row on three batches of data (main's argument `smoke`), check what it returns, "
+                          "write nothing", default=False),
+}}
+
+
+class JobTimeout(BaseException):
+    """A call of main ran longer than --worker.job_timeout. Not an Exception: a main that catches those still stops."""
+
+
+class Stopped(BaseException):
+    """The process was asked to end; its rows are given back."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+# --------------------------------------------------------------- the user's module
+
+
+def import_main(name: str) -> ModuleType:
+    """The user's module. `ConfigError` where there is none, saying which path was tried."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            path = Path.cwd() / (name.replace(".", "/") + ".py")
+            hint = "; it is a dotted name, not a path: leave out .py and write . for /" \
+                if "/" in name or name.endswith(".py") else ""
+            raise ConfigError(f"--worker.main_import: there is no module {name!r}; tried {path} and the Python path "
+                              f"(sys.path[0] is {sys.path[0]!r}); run it from the folder that the name begins in"
+                              f"{hint}") from None
+        raise
+
+
+@dataclass(frozen=True)
+class Routine:
+    """A function of the user's module, and which of our arguments it asks for by name."""
+
+    function: Callable[..., Any]
+    name: str
+    wanted: tuple[str, ...]
+
+    @classmethod
+    def find(cls, module: ModuleType, name: str, available: Sequence[str]) -> Routine | None:
+        """The module's function of that name; `ConfigError` when it needs an argument that nobody has."""
+        function = getattr(module, name, None)
+        if function is None:
+            return None
+        where = f"{module.__name__}.{name}"
+        if not callable(function):
+            raise ConfigError(f"{where}: expected a function, got {type(function).__name__}")
+        inner, filled = _unwrap(function)
+        wanted, missing = [], []
+        for parameter in inspect.signature(inner).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                wanted += [n for n in available if n not in wanted]
+            elif parameter.kind is parameter.VAR_POSITIONAL:
+                continue
+            elif parameter.name in available and parameter.kind is not parameter.POSITIONAL_ONLY:
+                wanted.append(parameter.name)
+            elif parameter.default is parameter.empty and parameter.name not in filled:
+                missing.append(parameter.name)
+        if missing:
+            raise ConfigError(f"{where}: asks for {', '.join(missing)}, which a row does not have; it has "
+                              f"{', '.join(available)}{_hint(missing, available)}; give the argument a default, or name "
+                              f"a factor of the design")
+        return cls(function, where, tuple(wanted))
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Any:
+        return self.function(**{name: arguments[name] for name in self.wanted})
+
+
+def _hint(missing: Sequence[str], available: Sequence[str]) -> str:
+    return " (the design of this store defines no masks)" if {"mask", "masks"} & set(missing) else ""
+
+
+def _unwrap(function: Callable[..., Any]) -> tuple[Callable[..., Any], set[str]]:
+    """The function inside fastargs' `@param` decorators, and the arguments that they fill."""
+    wrapper = getattr(function, "__fastarg_wrapper", function)
+    filled: set[str] = set()
+    while hasattr(wrapper, "arg_paths") and hasattr(wrapper, "func"):
+        filled |= {alias for _, _, alias in wrapper.arg_paths}
+        wrapper = getattr(wrapper.func, "__fastarg_wrapper", wrapper.func)
+    return wrapper, filled
+
+
+def available(store: Store, *, many: bool) -> list[str]:
+    """Names that `main` (or `main_many`) may ask for."""
+    masks = any(block.sampler for block in store.design.blocks)
+    names = ["indices", "seeds", "logdirs", "smoke"] if many else ["index", "seed", "logdir", "smoke"]
+    names += (["masks"] if many else ["mask"]) if masks else []
+    return names + [f for f in store.design.factors if f not in RESERVED]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and, where it is loaded, torch's global generators from a row's seed."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(seed)
+
+
+# ------------------------------------------------------------------- the worker
+
+
+@dataclass
+class Tally:
+    """What one worker did."""
+
+    committed: int = 0
+    failed: int = 0  # attempts that failed
+    given_up: int = 0  # rows that will not be tried again
+
+
+class Worker:
+    """Runs rows of one store with one module's `main` and `main_many`."""
+
+    def __init__(self, store: Store, main: Routine | None, main_many: Routine | None, *, batch: int = 1,
+                 retries: int = 2, job_timeout: int | None = None):
+        self.store, self.main, self.main_many = store, main, main_many
+        self.batch, self.retries = batch, retries
+        self.tally = Tally()
+        self._attempts: dict[int, int] = {}  # rows claimed now -> number of this attempt
+        self._deadline = Deadline(store, job_timeout)
+        self._interruptible = True
+        self._pending_signal: int | None = None
+
+    # ------------------------------------------------------------- which rows
+
+    def run_all(self, bar: Callable[[int], object] = lambda rows: None) -> None:
+        """Claim and run pending rows until none is left that this worker could claim."""
+        queue = deque(self._pending())
+        while queue:
+            moved = False
+            while queue:
+                rows = self._claim_some(queue)
+                if rows:
+                    before = self.tally.committed
+                    self._run_claimed(rows)
+                    bar(self.tally.committed - before)
+                    moved = True
+            # What others failed, gave back or left behind meanwhile is found by another look.
+            queue = deque(self._pending())
+            if not moved and not self._wait(queue):
+                return
+
+    def _pending(self) -> np.ndarray:
+        """Incomplete rows that have not failed too often, from a place of this worker's own onwards."""
+        completed = self.store.completed()
+        records = self.store.layout.row_records()
+        spent = (records["state"] == commits.FAILED) & (records["attempts"] > self.retries)
+        rows = np.flatnonzero(~completed & ~spent)
+        offset = int(self.store.run.id[-8:], 16) % self.store.num_models
+        return np.roll(rows, -int(np.searchsorted(rows, offset)))
+
+    def _claim_some(self, queue: deque[int]) -> list[int]:
+        rows: list[int] = []
+        while queue and len(rows) < self.batch:
+            row = int(queue.popleft())
+            if self._claim(row):
+                rows.append(row)
+        return sorted(rows)
+
+    def _claim(self, row: int, *, anew: bool = False, complete_too: bool = False) -> bool:
+        """Claim a row and count the attempt; False where there is nothing (left) to do for this worker."""
+        store = self.store
+        if not store.run.take(row):
+            return False
+        if not complete_too and store.completed()[row]:
+            store.run.release(row, done=True)
+            return False
+        record = store.layout.row_records([row])[0]
+        attempts = int(record["attempts"])
+        if attempts > self.retries and not anew and not complete_too:
+            if record["state"] != commits.FAILED:
+                self._record_failure(row, attempts, "The process that ran this row died without leaving a word (killed, "
+                                                    "out of memory, or the machine went down).")
+                self.tally.given_up += 1
+            store.run.release(row, done=False)
+            return False
+        self._attempts[row] = store.begin(row)
+        return True
+
+    def _wait(self, rows: Iterable[int]) -> bool:
+        """Wait while another host may have died holding one of these rows; whether to look again."""
+        if not any(self.store.run.undecided(int(row)) for row in rows):
+            return False
+        time.sleep(self.store.run.time_to_live / 12)
+        return True
+
+    def run_one(self, row: int, *, do_if_complete: bool = False) -> bool:
+        """Run one row, and again while it fails and may be retried; whether it is complete at the end."""
+        row = check_index(row, self.store.num_models)
+        if not do_if_complete and self.store.completed()[row]:
+            print(f"row {row}: already complete, nothing to do (--worker.do_if_complete runs it again)")
+            return True
+        for attempt in range(self.retries + 1):
+            if not self._claim(row, anew=attempt == 0, complete_too=do_if_complete):
+                if self.store.completed()[row]:
+                    print(f"row {row}: already complete, nothing to do")
+                    return True
+                if attempt:
+                    break
+                raise RowError(f"row {row}: another worker is running it; wait for it, or stop it")
+            before = self.tally.committed
+            self._run_claimed([row], replace=do_if_complete)
+            if self.tally.committed > before:
+                return True
+        return False
+
+    # ---------------------------------------------------------------- run them
+
+    def _run_claimed(self, rows: list[int], *, replace: bool = False) -> None:
+        """Run rows that are claimed, commit what is right, record what is not, and give all of them back."""
+        try:
+            if self.main_many is not None and (len(rows) > 1 or self.main is None):
+                try:
+                    with self._watched(rows):
+                        results = self.call_many(rows)
+                except Exception as error:
+                    if len(rows) == 1:
+                        self._failed(rows[0], error)
+                        return
+                    print(f"rows {rows[0]}…{rows[-1]}: main_many failed for the batch ({_last_line(error)}); running "
+                          f"its {len(rows)} rows one by one", file=sys.stderr)
+                    for row in rows:
+                        self._run_claimed([row], replace=replace)
+                    return
+                self._commit(results, replace=replace)
+            else:
+                for row in rows:
+                    try:
+                        with self._watched([row]):
+                            result = self.call(row)
+                    except Exception as error:
+                        self._failed(row, error)
+                    else:
+                        self._commit({row: result}, replace=replace)
+        except JobTimeout as error:
+            for row in [row for row in rows if row in self._attempts]:
+                self._failed(row, error)
+        except (Stopped, KeyboardInterrupt):
+            for row in [row for row in rows if row in self._attempts]:
+                self.store.give_back(row, self._attempts.pop(row))
+                self.store.run.release(row, done=False)
+            raise
+        finally:
+            for row in [row for row in rows if row in self._attempts]:
+                self._attempts.pop(row)
+                self.store.run.release(row, done=False)
+
+    def call(self, row: int, *, smoke: bool = False, logdir: str | None = None) -> Mapping[str, Any]:
+        """What main returns for a row, with the design's own values filled in."""
+        if self.main is None:
+            (result,) = self.call_many([row], smoke=smoke, logdir=logdir).values()
+            return result
+        routine = self.main
+        assignment = self.store.design.assignment(row)
+        seed_everything(assignment.seed)
+        with self._folders(routine, "logdir", [row], logdir) as folders:
+            result = routine({**assignment.choices, "index": row, "seed": assignment.seed, "mask": assignment.mask,
+                              "smoke": smoke, "logdir": folders[0]})
+        if not isinstance(result, Mapping):
+            raise RowError(f"row {row}: {routine.name} must return a dict from key to value, got "
+                           f"{type(result).__name__}; return "
+                           f"{{{', '.join(f'{k!r}: …' for k in self.store.spec.schema)}}}")
+        return self._filled(assignment, result)
+
+    def call_many(self, rows: list[int], *, smoke: bool = False, logdir: str | None = None) -> dict[int, Mapping[str, Any]]:
+        """What main_many returns for rows, taken apart by row."""
+        routine = self.main_many
+        assert routine is not None
+        assignments = [self.store.design.assignment(row) for row in rows]
+        arguments: dict[str, Any] = {
+            "indices": np.array(rows, np.int64), "seeds": np.array([a.seed for a in assignments], np.int64),
+            "smoke": smoke}
+        if "masks" in routine.wanted:
+            unmasked = [a.row for a in assignments if a.mask is None]
+            if unmasked:
+                raise RowError(f"row {unmasked[0]}: {routine.name} asks for masks, and the design gives this row none")
+            arguments["masks"] = np.stack([a.mask for a in assignments if a.mask is not None])
+        for factor in self.store.design.factors:
+            arguments[factor] = [a.choices.get(factor) for a in assignments]
+        seed_everything(assignments[0].seed)
+        with self._folders(routine, "logdirs", rows, logdir) as folders:
+            result = routine({**arguments, "logdirs": folders})
+        if not isinstance(result, Mapping):
+            raise RowError(f"rows {rows[0]}…{rows[-1]}: {routine.name} must return a dict from key to an array with a "
+                           f"leading axis of {len(rows)}, got {type(result).__name__}")
+        for key, values in result.items():
+            if not hasattr(values, "__len__") or len(values) != len(rows):
+                got = list(values.shape) if hasattr(values, "shape") else type(values).__name__
+                raise RowError(f"rows {rows[0]}…{rows[-1]}, {key!r}: {routine.name} must return a leading axis of "
+                               f"{len(rows)}, one entry per row of `indices`, got {got}")
+        return {a.row: self._filled(a, {key: values[i] for key, values in result.items()})
+                for i, a in enumerate(assignments)}
+
+    def _filled(self, assignment: Assignment, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The result with masks and factors of the design where main left them out, and checked where it did not."""
+        audit = self.store.audit(assignment)
+        for key, value in audit.items():
+            if key in result:
+                field, where = self.store.spec.schema[key], f"row {assignment.row}"
+                if field.encode(result[key], where=where).tobytes() != field.encode(value, where=where).tobytes():
+                    raise RowError(f"{where}, {key!r}: main returned something else than the design gives this row; "
+                                   f"train on the `mask` (or factor) that main is given, or leave it out of the design")
+        return {**audit, **result}
+
+    @contextlib.contextmanager
+    def _folders(self, routine: Routine, name: str, rows: list[int], logdir: str | None) -> Iterator[list[str]]:
+        """The rows' own folders, made when the routine takes them, gone again where nothing was put in."""
+        if name not in routine.wanted:
+            yield [""] * len(rows)
+            return
+        folders = [Path(logdir) / str(row) if logdir else self.store.path / "workers" / str(row) for row in rows]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield [str(folder) for folder in folders]
+        finally:
+            for folder in folders:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    @contextlib.contextmanager
+    def _watched(self, rows: list[int]) -> Iterator[None]:
+        with self._deadline.over([(row, self._attempts[row]) for row in rows]):
+            try:
+                yield
+            except SystemExit as error:
+                raise RuntimeError(f"main called sys.exit({error.code!r}); a row ends by returning its values") from error
+
+    # -------------------------------------------------------- what came of them
+
+    def _commit(self, results: Mapping[int, Mapping[str, Any]], *, replace: bool) -> None:
+        encoded: dict[int, dict[str, bytes]] = {}
+        for row, values in results.items():
+            try:
+                encoded[row] = self.store.encode(row, values)
+            except RowError as error:
+                self._failed(row, error)
+        with self._uninterrupted():
+            try:
+                self.store.commit_encoded(encoded, replace=replace)
+            except StoreError as error:
+                if len(encoded) == 1:
+                    self._failed(next(iter(encoded)), error)
+                    return
+                for row, blobs in encoded.items():
+                    self._commit_one(row, blobs, replace=replace)
+            except ClaimLost:
+                for row, blobs in encoded.items():
+                    self._commit_one(row, blobs, replace=replace)
+            else:
+                for row in encoded:
+                    self._done(row, replace=replace)
+
+    def _commit_one(self, row: int, blobs: Mapping[str, bytes], *, replace: bool) -> None:
+        if not replace and self.store.completed()[row]:  # the batch got as far as this row
+            self._done(row, replace=replace)
+            return
+        try:
+            self.store.commit_encoded({row: blobs}, replace=replace)
+        except ClaimLost as error:
+            self._attempts.pop(row, None)
+            self.store.run.release(row, done=False)
+            print(f"{error}", file=sys.stderr)
+        except StoreError as error:
+            self._failed(row, error)
+        else:
+            self._done(row, replace=replace)
+
+    def _done(self, row: int, *, replace: bool) -> None:
+        self.tally.committed += 1
+        self._attempts.pop(row, None)
+        self.store.run.release(row, done=not replace)
+
+    def _failed(self, row: int, error: BaseException) -> None:
+        attempts = self._attempts.pop(row)
+        text = "".join(traceback.format_exception(error))
+        again = attempts <= self.retries
+        try:
+            where = self._record_failure(row, attempts, text)
+            place = f"; traceback in {where}"
+        except StoreError as full:
+            place = f"; and its traceback could not be kept ({full})"
+        print(f"row {row}: attempt {attempts} failed: {_last_line(error)}{place}"
+              f"{'; it will be tried again' if again else ''}", file=sys.stderr, flush=True)
+        self.tally.failed += 1
+        self.tally.given_up += not again
+        self.store.run.release(row, done=False)
+
+    def _record_failure(self, row: int, attempts: int, text: str) -> Path:
+        return self.store.fail(row, attempts, text)
+
+    # ------------------------------------------------------------------ signals
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self._interruptible:  # a commit takes milliseconds; what it holds is weeks of work
+            self._pending_signal = number
+            return
+        raise Stopped(number)
+
+    @contextlib.contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        self._interruptible = False
+        try:
+            yield
+        finally:
+            self._interruptible = True
+            number, self._pending_signal = self._pending_signal, None
+        if number is not None:
+            raise Stopped(number)
+
+    def close(self) -> None:
+        self._deadline.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _last_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
+
+
+class Deadline:
+    """Ends a call of main in time: first by a signal, then, if it is stuck in C or does not listen, by the watchdog."""
+
+    def __init__(self, store: Store, seconds: int | None):
+        self.seconds = seconds
+        if seconds is None:
+            return
+        self._stacks = store.path / "runs" / f"{store.run.id}.stacks"
+        self._file = open(self._stacks, "w")  # noqa: SIM115 - faulthandler keeps it until close()
+        faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+        self._dog = subprocess.Popen([sys.executable, "-m", "datamodels.watchdog", str(os.getpid()), str(store.path),
+                                      str(self._stacks)], stdin=subprocess.PIPE, start_new_session=True)
+
+    @contextlib.contextmanager
+    def over(self, rows: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """`rows` are (row, attempt); raises `JobTimeout` inside when their time is up."""
+        if self.seconds is None:
+            yield
+            return
+
+        def ring(number: int, frame: FrameType | None) -> None:
+            raise JobTimeout(f"ran longer than --worker.job_timeout={self.seconds} s")
+
+        before = signal.signal(signal.SIGALRM, ring)
+        self._say(f"arm {self.seconds + _GRACE} " + " ".join(f"{row}:{attempt}" for row, attempt in rows))
+        signal.alarm(self.seconds)
+        try:
+            yield
+        finally:
+            signal.alarm(0)
+            self._say("off")
+            signal.signal(signal.SIGALRM, before)
+
+    def _say(self, line: str) -> None:
+        assert self._dog.stdin is not None
+        self._dog.stdin.write(line.encode() + b"\n")
+        self._dog.stdin.flush()
+
+    def close(self) -> None:
+        if self.seconds is not None:
+            assert self._dog.stdin is not None
+            self._dog.stdin.close()
+            self._dog.wait()
+            faulthandler.unregister(signal.SIGUSR2)
+            self._file.close()
+            if self._stacks.stat().st_size == 0:
+                self._stacks.unlink()
+
+
+# --------------------------------------------------------------- the entry point
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = cli.parse("python -m datamodels.worker", "Run rows of a store: call main() of a module of yours, check what it "
+                     "returns, and commit it.", SECTIONS, argv, passthrough=True, help_later="worker.main_import",
+                     elsewhere=("pool",))
+    if args.help_requested:
+        import_main(args["worker.main_import"])
+        cli.collect_user(args)
+    one, index = args.get("worker.index") is not None, args.get("worker.index")
+    if args["worker.do_if_complete"] and not one:
+        raise ConfigError("--worker.do_if_complete: replaces one complete row; name it with --worker.index=ROW")
+    leave_with_parent()
+    store = Store.open(args["worker.logdir"], sync=args["worker.sync"], time_to_live=args["worker.time_to_live"])
+    if one:
+        check_index(index, store.num_models)  # before anything is imported or trained
+    module = import_main(args["worker.main_import"])
+    cli.collect_user(args)
+    single = Routine.find(module, "main", available(store, many=False))
+    many = Routine.find(module, "main_many", available(store, many=True))
+    if single is None and many is None:
+        raise ConfigError(f"{module.__name__} ({getattr(module, '__file__', '?')}): has neither main() nor main_many()")
+    if args["worker.batch"] > 1 and many is None:
+        raise ConfigError(f"--worker.batch: {module.__name__} has no main_many() that could run several rows at once; "
+                          f"write one, or leave the option out")
+    program = sys.argv[0]
+    sys.argv = [program, *args.rest]
+    if args["worker.dry_run"] or args["worker.smoke"]:
+        with Worker(store, single, many) as worker:
+            row = index if one else _first_pending(store)
+            show = dry_run if args["worker.dry_run"] else smoke
+            print(show(worker, row, batch=args["worker.batch"], rest=args.rest))
+        return 0
+    exit_status: int | None = None
+    try:
+        with contextlib.suppress(OSError), open(store.path / "cmds.txt", "a", encoding="utf-8") as commands:
+            commands.write(shlex.join([program, *argv]) + "\n")
+        exit_status = _work(store, single, many, args, one, index)
+    finally:
+        store.close(exit_status)
+    return exit_status
+
+
+def _work(store: Store, single: Routine | None, many: Routine | None, args: cli.Arguments, one: bool, index: int | None) -> int:
+    started = time.monotonic()
+    with Worker(store, single, many, batch=args["worker.batch"], retries=args["worker.retries"],
+                job_timeout=args.get("worker.job_timeout")) as worker:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, worker.on_signal)
+        try:
+            if one:
+                assert index is not None
+                complete = worker.run_one(index, do_if_complete=args["worker.do_if_complete"])
+                if complete and worker.tally.committed:
+                    print(f"row {index}: complete ({time.monotonic() - started:.1f} s)")
+                return 0 if complete else 1
+            quiet = not sys.stderr.isatty() or POOL_VARIABLE in os.environ
+            with tqdm(total=store.num_models, initial=int(store.completed().sum()), unit="row", disable=quiet) as bar:
+                worker.run_all(bar.update)
+        except Stopped as stop:
+            print(f"stopped by {signal.Signals(stop.number).name}; {worker.tally.committed} rows committed, rows in hand "
+                  f"are given back", file=sys.stderr)
+            return 130 if stop.number == signal.SIGINT else 143 if one else 0
+    tally = worker.tally
+    print(f"{tally.committed} rows committed, {tally.failed} attempts failed, {tally.given_up} rows given up")
+    return 1 if tally.given_up else 0
+
+
+def leave_with_parent() -> None:
+    """Under a pool, be asked to stop when the pool dies, so that no orphan goes on training."""
+    parent = os.environ.get(POOL_VARIABLE)
+    if parent and hasattr(ctypes.CDLL(None), "prctl"):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(parent):
+            raise SystemExit(143)
+
+
+def _first_pending(store: Store) -> int:
+    pending = np.flatnonzero(~store.completed())
+    return int(pending[0]) if len(pending) else 0
+
+
+def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str:
+    """What a row would be called with, in a few lines."""
+    store = worker.store
+    assignment = store.design.assignment(row)
+    routine = worker.main_many if worker.main_many is not None and (batch > 1 or worker.main is None) else worker.main
+    assert routine is not None
+    inner = _unwrap(routine.function)[0]
+    mask = "none" if assignment.mask is None else \
+        f"{int(assignment.mask.sum()):,} of {assignment.mask.size:,} examples (block {assignment.block}, mask " \
+        f"{assignment.mask_id}, repeat {assignment.repeat})"
+    lines = [f"row        {row} of {store.num_models} ({assignment.role})", f"seed       {assignment.seed}",
+             f"mask       {mask}",
+             f"choices    {', '.join(f'{k}={v!r}' for k, v in assignment.choices.items()) or 'none'}",
+             f"calls      {routine.name}({', '.join(routine.wanted)}) in {inspect.getsourcefile(inner) or '?'}",
+             f"sys.argv   {' '.join(rest) or '(empty)'}",
+             "returns    " + ", ".join(f"{k}: {f.dtype} {list(f.shape)}" for k, f in store.spec.schema.items())]
+    return "\n".join([*lines, *cli.user_values()])
+
+
+def smoke(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str:
+    """Run a row (or a batch from it) on three batches of data, check what it returns, write nothing."""
+    store, started = worker.store, time.monotonic()
+    routine = worker.main_many if worker.main_many is not None and (batch > 1 or worker.main is None) else worker.main
+    assert routine is not None
+    if "smoke" not in routine.wanted:
+        print(f"note: {routine.name} takes no argument `smoke`, so the whole row is run", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="datamodels-smoke-") as folder:
+        if routine is worker.main_many:
+            rows = list(range(row, min(row + batch, store.num_models)))
+            results = worker.call_many(rows, smoke=True, logdir=folder)
+        else:
+            results = {row: worker.call(row, smoke=True, logdir=folder)}
+    encoded = {r: store.encode(r, values) for r, values in results.items()}
+    lines = [f"smoke: {len(encoded)} row{'s' if len(encoded) > 1 else ''} from {row} in {time.monotonic() - started:.1f} s; "
+             f"every value fits the schema; nothing was written"]
+    for key, value in results[row].items():
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        spread = f"min {array.min():.4g}, mean {array.mean():.4g}, max {array.max():.4g}" \
+            if array.size and array.dtype.kind in "biuf" else ""
+        lines.append(f"  {key}: {list(array.shape)} {spread}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        cli.run(main)
+    except DatamodelsError as error:  # raised while a signal ended the process
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
