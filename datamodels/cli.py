@@ -197,8 +197,8 @@ class _Config(fastargs.Config):  # type: ignore[misc]
         if "--help" in sys.argv[1:] and not disable_help:
             parser.print_help()
             raise SystemExit(0)
-        tokens = _tokenize(sys.argv[1:], (), set())
-        self.fill(sys.argv[1:], [_read_file(name) for name in tokens.files])
+        files = [_read_file(name) for name in _tokenize(sys.argv[1:], (), ()).files]
+        self.fill(sys.argv[1:], files)
         return self
 
     def validate(self, mode: str = "stderr") -> dict[tuple[str, ...], Exception] | None:
@@ -216,6 +216,18 @@ class _Config(fastargs.Config):  # type: ignore[misc]
             print("error: " + "; ".join(complaints), file=sys.stderr)
             raise SystemExit(2)
         return None
+
+    def summary(self, target: Any = None) -> "_Config":
+        """As fastargs', as plain lines: its table is terminal escapes, and its stderr the one of import time."""
+        print("\n".join(self.lines()), file=sys.stderr if target is None else target)
+        return self
+
+    def lines(self) -> list[str]:
+        """Every value that can be had, one `section.name  value` a line."""
+        bad = self.validate(mode="errordict") or {}
+        values = {".".join(path): self[path] for path in self.entries if path not in bad}
+        width = max(map(len, values), default=0)
+        return [f"{name:{width}}  {value!r}" for name, value in values.items()]
 
     def _complain(self, path: tuple[str, ...], error: Exception) -> str:
         name = ".".join(path)
@@ -708,12 +720,32 @@ def collect_user(args: Arguments) -> None:
         raise ConfigError(_missing(missing))
 
 
+def collect_global(conf_path: str | os.PathLike[str] | None = None) -> Any:
+    """fastargs' global config, filled as `collect_user` does, for a script that is a program of its own.
+
+    `conf_path` is one more file, read before the -C files. Ends with exit code 2, or after `--help` with 0.
+    """
+    from argparse import ArgumentParser
+
+    config = fastargs.get_current_config()
+    config.__class__ = _Config
+    try:
+        if conf_path is not None:
+            config.fill([], [_read_file(os.fspath(conf_path))])
+        parser = ArgumentParser()
+        config.augment_argparse(parser)
+        config.collect_argparse_args(parser)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    config.validate(mode="stderr")
+    return config
+
+
 def user_values() -> list[str]:
     """The user's own settings as `collect_user` left them, one `section.name  value` per line."""
-    config = fastargs.get_current_config()
-    names = [".".join(path) for path in config.entries]
-    width = max(map(len, names), default=0)
-    return [f"{name:{width}} {config[name]!r}" for name in names]
+    lines: list[str] = fastargs.get_current_config().lines()
+    return lines
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
