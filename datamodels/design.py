@@ -33,13 +33,32 @@ SAMPLERS = ("bernoulli", "fixed_size", "stratified", "by_group")
 BLOCK_ROLES = ("train", "eval")
 RESERVED = ("index", "indices", "logdir", "logdirs", "mask", "masks", "seed", "seeds", "smoke")
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-    "in": lambda a, b: a in b, "not in": lambda a, b: a not in b}
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "in": lambda a, b: a in b,
+    "not in": lambda a, b: a not in b,
+}
 
-_BLOCK_KEYS = ("role", "count", "masks", "repeats", "seed", "sampler", "alpha", "labels", "groups", "key", "choices",
-               "filter")
+_BLOCK_KEYS = (
+    "role",
+    "count",
+    "masks",
+    "repeats",
+    "seed",
+    "sampler",
+    "alpha",
+    "labels",
+    "groups",
+    "key",
+    "choices",
+    "filter",
+)
 _MASK_STREAM, _SEED_STREAM = 0x6D61736B, 0x73656564  # "mask", "seed"
-_MAX_ROWS = 10 ** 9
+_MAX_ROWS = 10**9
 
 
 def raw_stream(*key: int) -> np.random.PCG64:
@@ -96,7 +115,8 @@ class Block:
         if self.strata is None:
             raise SpecError(f"sampler {self.sampler!r} needs its label or group file")
         if self.sampler == "by_group":
-            return _below(stream.random_raw(int(self.strata.max()) + 1), self.alpha)[self.strata]
+            groups = _below(stream.random_raw(int(self.strata.max()) + 1), self.alpha)
+            return np.asarray(groups[self.strata])
         raw = stream.random_raw(self.num_examples)
         mask = np.zeros(self.num_examples, bool)
         for label in range(int(self.strata.max()) + 1):
@@ -111,8 +131,8 @@ class Block:
 
 
 def _below(raw: np.ndarray, alpha: float) -> np.ndarray:
-    threshold = int(Fraction(alpha) * 2 ** 64)
-    if threshold >= 2 ** 64:
+    threshold = int(Fraction(alpha) * 2**64)
+    if threshold >= 2**64:
         return np.ones(raw.shape, bool)
     return raw < np.uint64(threshold)
 
@@ -170,8 +190,16 @@ class Design:
         offset = row - int(self.starts[number])
         cell, mask_id, repeat = block.locate(offset)
         seed = int(raw_stream(_SEED_STREAM, block.seed, offset).random_raw() >> 32)
-        return Assignment(row, block.role, seed, number, mask_id, repeat, block.cells[cell],
-                          block.mask(mask_id) if with_mask else None)
+        return Assignment(
+            row,
+            block.role,
+            seed,
+            number,
+            mask_id,
+            repeat,
+            block.cells[cell],
+            block.mask(mask_id) if with_mask else None,
+        )
 
     def mask_key(self, row: int) -> str | None:
         """The schema key that audits this row's mask, or None where the design has no masks."""
@@ -184,8 +212,9 @@ def check_index(row: Any, num_models: int) -> int:
     if isinstance(row, (bool, np.bool_)) or not isinstance(row, (int, np.integer)):
         raise RowError(f"row: expected an int, got {row!r} of type {type(row).__name__}")
     if not 0 <= row < num_models:
-        raise RowError(f"row {row}: expected an index in [0, {num_models}); a store counts from 0 and never from "
-                       f"the end")
+        raise RowError(
+            f"row {row}: expected an index in [0, {num_models}); a store counts from 0 and never from the end"
+        )
     return int(row)
 
 
@@ -222,22 +251,33 @@ def resolve(spec: Spec, folder: str | Path) -> Resolved:
             inherited = {k: raw[k] for k in ("sampler", "alpha", "labels", "groups", "key") if k in raw}
     for i, j in itertools.combinations(range(len(blocks)), 2):
         if blocks[i].seed == blocks[j].seed:
-            raise SpecError(f"design[{j}], seed: {blocks[j].seed} is already design[{i}]'s, so masks and seeds would "
-                            f"repeat; give each block its own")
+            raise SpecError(
+                f"design[{j}], seed: {blocks[j].seed} is already design[{i}]'s, so masks and seeds would "
+                f"repeat; give each block its own"
+            )
     design = Design(tuple(blocks))
     if design.num_models > _MAX_ROWS:
         raise SpecError(f"design: {design.num_models:,} rows; the limit is {_MAX_ROWS:,}")
     if spec.num_models is not None and spec.num_models != design.num_models:
-        raise SpecError(f"num_models: {spec.num_models} does not fit the design, which gives {design.num_models} rows; "
-                        f"leave num_models out, or correct one")
+        raise SpecError(
+            f"num_models: {spec.num_models} does not fit the design, which gives {design.num_models} rows; "
+            f"leave num_models out, or correct one"
+        )
     return Resolved(spec.with_rows(design.num_models, resolved), design, files)
 
 
 class _BlockBuilder:
     """Reads one block of the JSON; every refusal names the block and the key."""
 
-    def __init__(self, spec: Spec, folder: Path, number: int, raw: Mapping[str, Any],
-                 inherited: Mapping[str, Any], files: dict[str, Path]):
+    def __init__(
+        self,
+        spec: Spec,
+        folder: Path,
+        number: int,
+        raw: Mapping[str, Any],
+        inherited: Mapping[str, Any],
+        files: dict[str, Path],
+    ):
         self.spec, self.folder, self.number, self.raw, self.files = spec, folder, number, raw, files
         self.where = f"design[{number}]"
         for key in raw:
@@ -256,36 +296,52 @@ class _BlockBuilder:
         if sampler is None:
             return self.without_masks(seed, cells, choices, repeats)
         if sampler not in SAMPLERS:
-            raise SpecError(f"{self.where}, sampler: expected one of {', '.join(SAMPLERS)}, "
-                            f"got {sampler!r}{nearest(str(sampler), SAMPLERS)}")
+            raise SpecError(
+                f"{self.where}, sampler: expected one of {', '.join(SAMPLERS)}, "
+                f"got {sampler!r}{nearest(str(sampler), SAMPLERS)}"
+            )
         key, num_examples = self.mask_key()
         alpha = self.settings.get("alpha", 0.5)
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha <= 1:
             raise SpecError(f"{self.where}, alpha: expected a fraction in (0, 1], got {alpha!r}")
         masks = self.mask_count(len(cells) * repeats)
-        entry: dict[str, Any] = {"role": self.role, "masks": masks, "repeats": repeats, "seed": seed,
-                                 "sampler": sampler, "alpha": alpha, "key": key, **choices}
+        entry: dict[str, Any] = {
+            "role": self.role,
+            "masks": masks,
+            "repeats": repeats,
+            "seed": seed,
+            "sampler": sampler,
+            "alpha": alpha,
+            "key": key,
+            **choices,
+        }
         strata = None
         wanted = {"stratified": "labels", "by_group": "groups"}.get(sampler)
         for name in ("labels", "groups"):
             if name in self.raw and name != wanted:
-                raise SpecError(f"{self.where}, {name}: sampler {sampler!r} does not use it; remove it, or choose the "
-                                f"sampler that does")
+                raise SpecError(
+                    f"{self.where}, {name}: sampler {sampler!r} does not use it; remove it, or choose the "
+                    f"sampler that does"
+                )
         if wanted is not None:
             strata, entry[wanted] = self.strata(wanted, num_examples)
         return Block(self.role, masks, repeats, seed, cells, sampler, float(alpha), key, num_examples, strata), entry
 
-    def without_masks(self, seed: int, cells: tuple[Mapping[str, Any], ...], choices: Mapping[str, Any],
-                      repeats: int) -> tuple[Block, Mapping[str, Any]]:
+    def without_masks(
+        self, seed: int, cells: tuple[Mapping[str, Any], ...], choices: Mapping[str, Any], repeats: int
+    ) -> tuple[Block, Mapping[str, Any]]:
         for name in ("masks", "alpha", "labels", "groups", "key"):
             if name in self.raw:
-                raise SpecError(f"{self.where}, {name}: there is no sampler; expected \"sampler\": one of "
-                                f"{', '.join(SAMPLERS)}")
+                raise SpecError(
+                    f'{self.where}, {name}: there is no sampler; expected "sampler": one of {", ".join(SAMPLERS)}'
+                )
         count = self.integer("count", len(cells) * repeats if choices else None, low=1)
         if choices:
             if count != len(cells) * repeats:
-                raise SpecError(f"{self.where}, count: {count} does not fit {len(cells)} grid cells × {repeats} "
-                                f"repeats = {len(cells) * repeats}; leave count out")
+                raise SpecError(
+                    f"{self.where}, count: {count} does not fit {len(cells)} grid cells × {repeats} "
+                    f"repeats = {len(cells) * repeats}; leave count out"
+                )
         elif "repeats" in self.raw and repeats != count:
             raise SpecError(f"{self.where}: without masks or choices every row is a repeat; give count alone")
         else:
@@ -297,7 +353,7 @@ class _BlockBuilder:
         value = self.raw.get(name, default)
         if value is None:
             raise SpecError(f"{self.where}, {name}: missing; expected an int >= {low}")
-        if type(value) is not int or not low <= value <= 2 ** 63:
+        if type(value) is not int or not low <= value <= 2**63:
             raise SpecError(f"{self.where}, {name}: expected an int >= {low}, got {value!r}")
         return value
 
@@ -305,24 +361,32 @@ class _BlockBuilder:
         if "masks" in self.raw:
             masks = self.integer("masks", None, low=1)
             if "count" in self.raw and self.integer("count", None, low=1) != masks * per_mask:
-                raise SpecError(f"{self.where}, count: {self.raw['count']} does not fit {masks} masks × {per_mask} "
-                                f"rows each = {masks * per_mask}; leave count out")
+                raise SpecError(
+                    f"{self.where}, count: {self.raw['count']} does not fit {masks} masks × {per_mask} "
+                    f"rows each = {masks * per_mask}; leave count out"
+                )
             return masks
         count = self.integer("count", None, low=1)
         if count % per_mask:
-            raise SpecError(f"{self.where}, count: {count} rows do not divide into {per_mask} rows per mask "
-                            f"(grid cells × repeats); give masks instead")
+            raise SpecError(
+                f"{self.where}, count: {count} rows do not divide into {per_mask} rows per mask "
+                f"(grid cells × repeats); give masks instead"
+            )
         return count // per_mask
 
     def mask_key(self) -> tuple[str, int]:
         key = self.settings.get("key", "masks")
         if not isinstance(key, str) or key not in self.spec.schema:
-            raise SpecError(f"{self.where}, key: masks are kept under {key!r}, which the schema does not have; add "
-                            f'"{key}": {{"shape": [<number of examples>], "dtype": "bits"}}')
+            raise SpecError(
+                f"{self.where}, key: masks are kept under {key!r}, which the schema does not have; add "
+                f'"{key}": {{"shape": [<number of examples>], "dtype": "bits"}}'
+            )
         entry = self.spec.schema[key]
         if len(entry.shape) != 1 or entry.dtype not in ("bits", "bool") or entry.shape[0] < 1:
-            raise SpecError(f"{self.where}, key: schema key {key!r} must be a vector of dtype bits or bool to hold a "
-                            f"mask, got shape {list(entry.shape)}, dtype {entry.dtype}")
+            raise SpecError(
+                f"{self.where}, key: schema key {key!r} must be a vector of dtype bits or bool to hold a "
+                f"mask, got shape {list(entry.shape)}, dtype {entry.dtype}"
+            )
         return key, entry.shape[0]
 
     def strata(self, name: str, num_examples: int) -> tuple[np.ndarray, Mapping[str, str]]:
@@ -343,11 +407,15 @@ class _BlockBuilder:
             raise SpecError(f"{where}: {path} is not a plain .npy file ({error})") from None
         sha256 = hashlib.sha256(content).hexdigest()
         if digest is not None and digest != sha256:
-            raise SpecError(f"{where}: {path} has changed since the design was made (sha256 {sha256[:12]}…, expected "
-                            f"{digest[:12]}…); masks would differ; put the file back")
+            raise SpecError(
+                f"{where}: {path} has changed since the design was made (sha256 {sha256[:12]}…, expected "
+                f"{digest[:12]}…); masks would differ; put the file back"
+            )
         if not isinstance(array, np.ndarray) or array.shape != (num_examples,) or array.dtype.kind not in "biuUS":
-            raise SpecError(f"{where}: expected {num_examples} ints or strings, one per example, in {path}, got shape "
-                            f"{list(np.shape(array))}, dtype {getattr(array, 'dtype', None)}")
+            raise SpecError(
+                f"{where}: expected {num_examples} ints or strings, one per example, in {path}, got shape "
+                f"{list(np.shape(array))}, dtype {getattr(array, 'dtype', None)}"
+            )
         inside = f"design/{name}-{sha256[:16]}.npy"
         self.files[inside] = path
         return np.unique(array, return_inverse=True)[1], {"file": inside, "sha256": sha256}
@@ -366,8 +434,11 @@ class _BlockBuilder:
             raise SpecError(f"{self.where}, choices: the grid has more than {_MAX_ROWS:,} cells")
         rules = self.raw.get("filter", [])
         keep = self.filters(rules, levels)
-        cells = [cell for values in itertools.product(*levels.values())
-                 if keep(cell := dict(zip(levels, values, strict=True)))]
+        cells = [
+            cell
+            for values in itertools.product(*levels.values())
+            if keep(cell := dict(zip(levels, values, strict=True)))
+        ]
         if not cells:
             raise SpecError(f"{self.where}, filter: it drops every one of the grid's cells; loosen it")
         return tuple(cells), {"choices": levels, **({"filter": rules} if rules else {})}
@@ -375,27 +446,36 @@ class _BlockBuilder:
     def levels(self, name: str, value: Any) -> list[Any]:
         where = f"{self.where}, choices, {name!r}"
         if not name.isidentifier() or name in RESERVED:
-            raise SpecError(f"{where}: a factor reaches main() by name, so it must be a Python name other than "
-                            f"{', '.join(RESERVED)}")
+            raise SpecError(
+                f"{where}: a factor reaches main() by name, so it must be a Python name other than "
+                f"{', '.join(RESERVED)}"
+            )
         if isinstance(value, list):
             levels = value
         elif isinstance(value, Mapping) and set(value) == {"range"}:
             bounds = value["range"]
-            if not isinstance(bounds, list) or not 1 <= len(bounds) <= 3 or any(type(b) is not int for b in bounds) \
-                    or (len(bounds) == 3 and bounds[2] == 0):
-                raise SpecError(f"{where}: expected {{\"range\": [start, stop, step]}} of ints as Python's range, "
-                                f"got {value!r}")
+            if (
+                not isinstance(bounds, list)
+                or not 1 <= len(bounds) <= 3
+                or any(type(b) is not int for b in bounds)
+                or (len(bounds) == 3 and bounds[2] == 0)
+            ):
+                raise SpecError(
+                    f'{where}: expected {{"range": [start, stop, step]}} of ints as Python\'s range, got {value!r}'
+                )
             if len(range(*bounds)) > _MAX_ROWS:
                 raise SpecError(f"{where}: {len(range(*bounds)):,} levels; the limit is {_MAX_ROWS:,}")
             levels = list(range(*bounds))
         elif isinstance(value, Mapping) and set(value) == {"files"} and isinstance(value["files"], str):
-            levels = sorted(str(Path(p).resolve())
-                            for p in glob.glob(str(self.folder / value["files"]), recursive=True))
+            levels = sorted(
+                str(Path(p).resolve()) for p in glob.glob(str(self.folder / value["files"]), recursive=True)
+            )
             if not levels:
                 raise SpecError(f"{where}: no file matches {value['files']!r} in {self.folder.resolve()}")
         else:
-            raise SpecError(f'{where}: expected a list, {{"range": [start, stop, step]}} or {{"files": GLOB}}, '
-                            f"got {value!r}")
+            raise SpecError(
+                f'{where}: expected a list, {{"range": [start, stop, step]}} or {{"files": GLOB}}, got {value!r}'
+            )
         if not levels or any(not isinstance(v, (str, int, float, bool)) for v in levels):
             raise SpecError(f"{where}: expected at least one level, each a string, number or boolean, got {levels!r}")
         if len({(type(v), v) for v in levels}) != len(levels):
@@ -425,8 +505,9 @@ class _BlockBuilder:
                     if not OPERATORS[op](cell[factor], other):
                         return False
                 except TypeError as error:
-                    raise SpecError(f"{where}: [{factor!r}, {op!r}, {operand!r}] cannot be compared for {cell} "
-                                    f"({error})") from None
+                    raise SpecError(
+                        f"{where}: [{factor!r}, {op!r}, {operand!r}] cannot be compared for {cell} ({error})"
+                    ) from None
             return True
 
         return keep

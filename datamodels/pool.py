@@ -26,8 +26,11 @@ SECTIONS = {
         "workers": Option(int, "copies of the worker; 0 means one per core", default=0, min=0),
         "executor": Option(str, "where the workers run", default="local", choices=("local",)),
     },
-    "worker": {name: option for name, option in WORKER["worker"].items()
-               if name not in ("index", "do_if_complete", "dry_run", "smoke")},
+    "worker": {
+        name: option
+        for name, option in WORKER["worker"].items()
+        if name not in ("index", "do_if_complete", "dry_run", "smoke")
+    },
 }
 _STOP_SECONDS = 4.0
 _BARREN_LIMIT = 5
@@ -39,12 +42,14 @@ class Interrupted(Exception):
         self.number = number
 
 
-def run_pool(store: Store, executor: Executor, workers: int, *, say: Callable[[str], None] = print,
-             progress: bool = True) -> int:
+def run_pool(
+    store: Store, executor: Executor, workers: int, *, say: Callable[[str], None] = print, progress: bool = True
+) -> int:
     """Start `workers` copies, restart those that die, until no row is left; the exit code.
 
     0: every row is complete. 1: rows are left undone, `say` tells which. 2: the workers cannot be configured.
     """
+
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
@@ -69,8 +74,10 @@ def run_pool(store: Store, executor: Executor, workers: int, *, say: Callable[[s
                 if barren >= _BARREN_LIMIT:
                     executor.stop(_STOP_SECONDS)
                     watch.close()
-                    say(f"{barren} workers in a row died before they finished a row; the last one {_cause(end)}:\n"
-                        f"{_last_words(end)}")
+                    say(
+                        f"{barren} workers in a row died before they finished a row; the last one {_cause(end)}:\n"
+                        f"{_last_words(end)}"
+                    )
                     return _report(store, say)
                 watch.write(f"worker {end.number} {_cause(end)}; starting it again")
                 executor.start(end.number)
@@ -111,14 +118,18 @@ def _report(store: Store, say: Callable[[str], None]) -> int:
 
 def undone(store: Store, status: Status) -> str:
     """What is left of a store that should be full, and what to do about it."""
-    lines = [f"{status.completed} of {status.num_models} rows are complete; {status.failed} failed, {status.running} "
-             f"held by other workers, {status.pending} not done"]
+    lines = [
+        f"{status.completed} of {status.num_models} rows are complete; {status.failed} failed, {status.running} "
+        f"held by other workers, {status.pending} not done"
+    ]
     lines += [f"  row {f.row}: {f.attempts} attempts, {f.error or 'no traceback'}" for f in status.failures]
     if status.failed > len(status.failures):
         lines.append(f"  … and {status.failed - len(status.failures)} more")
     if status.failures:
-        lines.append(f"tracebacks: {store.path}/workers/<row>/attempt-*.json; when the cause is gone, "
-                     f"--worker.index=<row> runs a row again, or a larger --worker.retries all of them")
+        lines.append(
+            f"tracebacks: {store.path}/workers/<row>/attempt-*.json; when the cause is gone, "
+            f"--worker.index=<row> runs a row again, or a larger --worker.retries all of them"
+        )
     return "\n".join(lines)
 
 
@@ -132,8 +143,14 @@ class Watch:
         self._lines = progress and not terminal
         self._started, self._first, self._next = time.monotonic(), self._done, time.monotonic() + 15
         self._failed_at = 0.0
-        self._bar = tqdm(total=store.num_models, initial=self._done, unit="row", smoothing=0.1,
-                         disable=not (progress and terminal), dynamic_ncols=True)
+        self._bar = tqdm(
+            total=store.num_models,
+            initial=self._done,
+            unit="row",
+            smoothing=0.1,
+            disable=not (progress and terminal),
+            dynamic_ncols=True,
+        )
 
     def look(self) -> None:
         now = time.monotonic()
@@ -176,16 +193,26 @@ class Watch:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = cli.parse("python -m datamodels.pool", "Run all rows of a store with several workers at once; what neither the "
-                     "pool nor the worker knows goes to main's own sections.", SECTIONS, argv, passthrough=True)
+    args = cli.parse(
+        "python -m datamodels.pool",
+        "Run all rows of a store with several workers at once; what neither the "
+        "pool nor the worker knows goes to main's own sections.",
+        SECTIONS,
+        argv,
+        passthrough=True,
+    )
     workers = args["pool.workers"] or cores()
     with Store.open(args["worker.logdir"]) as store:
         if bool(store.completed().all()):
             print(f"all {store.num_models} rows are complete")
             return 0
         command = [sys.executable, "-m", "datamodels.worker", *_for_worker(args, argv)]
-        executor = LocalExecutor(command, workers=workers, logs=Path(store.path) / "runs" / f"pool-{os.getpid()}",
-                                 environment={POOL_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"})
+        executor = LocalExecutor(
+            command,
+            workers=workers,
+            logs=Path(store.path) / "runs" / f"pool-{os.getpid()}",
+            environment={POOL_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+        )
         code = run_pool(store, executor, workers)
         if code == 0:
             print(f"all {store.num_models} rows are complete")
@@ -196,8 +223,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _for_worker(args: cli.Arguments, argv: Sequence[str]) -> list[str]:
     """The worker's command line: its own options as resolved here, then whatever the pool does not know."""
-    options = [f"--worker.{name}={value}" for name, value in args.section("worker").items()
-               if args.given(f"worker.{name}") and value is not None]
+    options = [
+        f"--worker.{name}={value}"
+        for name, value in args.section("worker").items()
+        if args.given(f"worker.{name}") and value is not None
+    ]
     return [*options, *args.rest]
 
 

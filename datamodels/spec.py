@@ -22,14 +22,45 @@ FORMAT = 1
 COMPLETED = "_completed"
 ROLES = ("mask", "choice", "outcome", "property", "benefit")
 
-_NUMERIC = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-            "float16", "float32", "float64")
+_NUMERIC = (
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+)
 # The released code took any attribute of numpy, of the numpy of its day.
-_SPELLINGS = {"bool_": "bool", "bool8": "bool", "float": "float64", "float_": "float64", "double": "float64",
-              "single": "float32", "half": "float16", "int": "int64", "int_": "int64", "long": "int64",
-              "longlong": "int64", "intp": "int64", "intc": "int32", "short": "int16", "byte": "int8",
-              "uint": "uint64", "ulong": "uint64", "ulonglong": "uint64", "uintp": "uint64",
-              "uintc": "uint32", "ushort": "uint16", "ubyte": "uint8"}
+_SPELLINGS = {
+    "bool_": "bool",
+    "bool8": "bool",
+    "float": "float64",
+    "float_": "float64",
+    "double": "float64",
+    "single": "float32",
+    "half": "float16",
+    "int": "int64",
+    "int_": "int64",
+    "long": "int64",
+    "longlong": "int64",
+    "intp": "int64",
+    "intc": "int32",
+    "short": "int16",
+    "byte": "int8",
+    "uint": "uint64",
+    "ulong": "uint64",
+    "ulonglong": "uint64",
+    "uintp": "uint64",
+    "uintc": "uint32",
+    "ushort": "uint16",
+    "ubyte": "uint8",
+}
 _TEXT = re.compile(r"U([1-9][0-9]{0,6})")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 
@@ -70,19 +101,25 @@ class Field:
     def __post_init__(self) -> None:
         where = f"schema key {self.name!r}"
         if not isinstance(self.name, str) or not _KEY.fullmatch(self.name):
-            raise SpecError(f"{where}: expected a plain name (letters, digits, '_', '.', '-', beginning with a "
-                            f"letter or a digit, at most 128 characters); rename it")
+            raise SpecError(
+                f"{where}: expected a plain name (letters, digits, '_', '.', '-', beginning with a "
+                f"letter or a digit, at most 128 characters); rename it"
+            )
         if not isinstance(self.shape, tuple) or any(type(n) is not int or n < 0 for n in self.shape):
-            raise SpecError(f"{where}, shape: expected a list of ints >= 0, got {_show(self.shape)}; "
-                            f"a scalar row has []")
+            raise SpecError(
+                f"{where}, shape: expected a list of ints >= 0, got {_show(self.shape)}; a scalar row has []"
+            )
         dtype = _SPELLINGS.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         if dtype not in (*_NUMERIC, "bits") and not (isinstance(dtype, str) and _TEXT.fullmatch(dtype)):
-            raise SpecError(f"{where}, dtype: expected one of {', '.join(_NUMERIC)}, bits or U<n>, "
-                            f"got {self.dtype!r}{nearest(str(self.dtype), (*_NUMERIC, 'bits'))}")
+            raise SpecError(
+                f"{where}, dtype: expected one of {', '.join(_NUMERIC)}, bits or U<n>, "
+                f"got {self.dtype!r}{nearest(str(self.dtype), (*_NUMERIC, 'bits'))}"
+            )
         object.__setattr__(self, "dtype", dtype)
         if dtype == "bits" and not self.shape:
-            raise SpecError(f"{where}: dtype 'bits' packs the last axis, so the shape needs one; "
-                            f"use 'bool' for a scalar")
+            raise SpecError(
+                f"{where}: dtype 'bits' packs the last axis, so the shape needs one; use 'bool' for a scalar"
+            )
         if self.role is not None and self.role not in ROLES:
             raise SpecError(f"{where}, role: expected one of {', '.join(ROLES)}, got {self.role!r}")
         for flag in ("required", "allow_nonfinite"):
@@ -90,7 +127,7 @@ class Field:
                 raise SpecError(f"{where}, {flag}: expected true or false, got {getattr(self, flag)!r}")
         if self.allow_nonfinite and not dtype.startswith("float"):
             raise SpecError(f"{where}: allow_nonfinite needs a float dtype, got {dtype}")
-        if self.nbytes > 2 ** 40:
+        if self.nbytes > 2**40:
             raise SpecError(f"{where}: one row would take {self.nbytes:,} bytes; the limit is 1 TiB; check the shape")
 
     @property
@@ -127,8 +164,10 @@ class Field:
         where = f"{where}, {self.name!r}"
         array = _as_array(value, where)
         if array.shape != self.shape:
-            raise RowError(f"{where}: expected shape {list(self.shape)}, got {list(array.shape)}; "
-                           f"fix what main() returns, or the shape in spec.json")
+            raise RowError(
+                f"{where}: expected shape {list(self.shape)}, got {list(array.shape)}; "
+                f"fix what main() returns, or the shape in spec.json"
+            )
         array = self._cast(array, where)
         if self.dtype == "bits":
             return np.packbits(array, axis=-1, bitorder="little")
@@ -147,25 +186,32 @@ class Field:
                 raise RowError(f"{where}: expected text, got dtype {array.dtype}; return str values")
             longest = int(np.strings.str_len(array).max()) if array.size else 0
             if longest > target.itemsize // 4:
-                raise RowError(f"{where}: expected text of at most {target.itemsize // 4} characters, got {longest}; "
-                               f"shorten it, or raise n in dtype U<n>")
+                raise RowError(
+                    f"{where}: expected text of at most {target.itemsize // 4} characters, got {longest}; "
+                    f"shorten it, or raise n in dtype U<n>"
+                )
             if array.size and bool((np.strings.find(array, "\0") >= 0).any()):
                 raise RowError(f"{where}: text with a NUL character cannot be stored unchanged; remove it")
             return array
         if kind not in "biuf":
-            raise RowError(f"{where}: expected numbers for dtype {self.dtype}, got dtype {array.dtype}; "
-                           f"fix what main() returns")
+            raise RowError(
+                f"{where}: expected numbers for dtype {self.dtype}, got dtype {array.dtype}; fix what main() returns"
+            )
         if target.kind == "f":
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
                 cast = array.astype(target)
             finite = np.isfinite(array) if kind == "f" else np.ones(array.shape, bool)
             if not self.allow_nonfinite and not bool(finite.all()):
-                raise RowError(f"{where}: {_first(~finite, array)} is not finite; fix the run, or say "
-                               f"\"allow_nonfinite\": true in the schema")
+                raise RowError(
+                    f"{where}: {_first(~finite, array)} is not finite; fix the run, or say "
+                    f'"allow_nonfinite": true in the schema'
+                )
             overflow = finite & ~np.isfinite(cast)
             if bool(overflow.any()):
-                raise RowError(f"{where}: {_first(overflow, array)} does not fit {self.dtype} (largest "
-                               f"{np.finfo(target).max:.6g}); use a wider dtype in spec.json")
+                raise RowError(
+                    f"{where}: {_first(overflow, array)} does not fit {self.dtype} (largest "
+                    f"{np.finfo(target).max:.6g}); use a wider dtype in spec.json"
+                )
             return cast
         if target.kind == "b":
             bad = (array != 0) & (array != 1)
@@ -182,8 +228,10 @@ class Field:
                 # Numpy compares a Python int with an array of another signedness exactly.
                 bad = (array < info.min) | (array > info.max)
         if bool(np.any(bad)):
-            raise RowError(f"{where}: {_first(np.asarray(bad), array)} is not exactly a {self.dtype}; "
-                           f"round it yourself, or change the dtype in spec.json")
+            raise RowError(
+                f"{where}: {_first(np.asarray(bad), array)} is not exactly a {self.dtype}; "
+                f"round it yourself, or change the dtype in spec.json"
+            )
         return array.astype(target)
 
     def to_json(self) -> dict[str, Any]:
@@ -212,8 +260,10 @@ def _as_array(value: Any, where: str) -> np.ndarray:
     except (ValueError, TypeError) as error:
         raise RowError(f"{where}: expected an array, got {type(value).__name__} ({error})") from None
     if array.dtype.kind == "O":
-        raise RowError(f"{where}: expected numbers or text, got {_show(value)} of type {type(value).__name__}; "
-                       f"return plain numbers, numpy arrays or torch tensors")
+        raise RowError(
+            f"{where}: expected numbers or text, got {_show(value)} of type {type(value).__name__}; "
+            f"return plain numbers, numpy arrays or torch tensors"
+        )
     return array
 
 
@@ -257,8 +307,10 @@ class Spec:
             if key != field.name:
                 raise SpecError(f"schema key {key!r}: its field is named {field.name!r}")
             if folded.setdefault(key.lower(), key) != key:
-                raise SpecError(f"schema keys {folded[key.lower()]!r} and {key!r} differ only in case, and would be "
-                                f"one file on some file systems; rename one")
+                raise SpecError(
+                    f"schema keys {folded[key.lower()]!r} and {key!r} differ only in case, and would be "
+                    f"one file on some file systems; rename one"
+                )
         object.__setattr__(self, "schema", MappingProxyType(dict(self.schema)))
 
     @classmethod
@@ -268,8 +320,10 @@ class Spec:
             raise SpecError(f"expected a JSON object with 'schema', got {_show(raw)}")
         _refuse_unknown(raw, _TOP, "")
         if raw.get("format", FORMAT) != FORMAT:
-            raise SpecError(f"format: this version writes format {FORMAT}, got {_show(raw['format'])}; "
-                            f"install the version of datamodels-store that wrote it, or newer")
+            raise SpecError(
+                f"format: this version writes format {FORMAT}, got {_show(raw['format'])}; "
+                f"install the version of datamodels-store that wrote it, or newer"
+            )
         if "schema" not in raw:
             raise SpecError('schema: missing; expected {"<key>": {"shape": [...], "dtype": "..."}, ...}')
         if not isinstance(raw["schema"], dict):
@@ -286,10 +340,15 @@ class Spec:
                 if name not in entry:
                     raise SpecError(f"{where}: {name} is missing")
             if not isinstance(entry["shape"], list):
-                raise SpecError(f"{where}, shape: expected a list of ints >= 0, got {_show(entry['shape'])}; "
-                                f"a scalar row has []")
-            schema[key] = Field(key, tuple(entry["shape"]), entry["dtype"],
-                                **{k: v for k, v in entry.items() if k not in ("shape", "dtype")})
+                raise SpecError(
+                    f"{where}, shape: expected a list of ints >= 0, got {_show(entry['shape'])}; a scalar row has []"
+                )
+            schema[key] = Field(
+                key,
+                tuple(entry["shape"]),
+                entry["dtype"],
+                **{k: v for k, v in entry.items() if k not in ("shape", "dtype")},
+            )
         design = raw.get("design")
         if design is not None:
             if not isinstance(design, list) or not design or not all(isinstance(b, dict) for b in design):
@@ -311,8 +370,11 @@ class Spec:
 
     def to_json(self) -> dict[str, Any]:
         """The spec as it is stored; `Spec.from_json` of it is this spec."""
-        out: dict[str, Any] = {"format": FORMAT, "num_models": self.num_models,
-                               "schema": {key: field.to_json() for key, field in self.schema.items()}}
+        out: dict[str, Any] = {
+            "format": FORMAT,
+            "num_models": self.num_models,
+            "schema": {key: field.to_json() for key, field in self.schema.items()},
+        }
         if self.design is not None:
             out["design"] = [dict(block) for block in self.design]
         return out
@@ -330,6 +392,7 @@ def _refuse_unknown(raw: Mapping[str, Any], known: Sequence[str], where: str) ->
 
 def read_json(path: Path) -> Any:
     """Parsed JSON of a file. `SpecError` for a missing file, a syntax error, a name twice in one object, or NaN."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:

@@ -1,8 +1,9 @@
 """Ends a worker whose row has run out of time and that no longer listens, and records why.
 
-A signal handler in Python does not run while `main` is stuck in C, and neither does any of its threads while C holds the
-interpreter's lock; so the deadline is kept by a process of its own. The worker talks to it in lines on its standard input:
-`arm SECONDS ROW:ATTEMPT …` and `off`; the end of the input ends it. It imports nothing until it has to act.
+A signal handler in Python does not run while `main` is stuck in C, and neither does any of its threads while C holds
+the interpreter's lock; so the deadline is kept by a process of its own. The worker talks to it in lines on its
+standard input: `arm SECONDS ROW:ATTEMPT …` and `off`; the end of the input ends it. It imports nothing until it has
+to act.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> int:
 
 
 def end(pid: int, logdir: str, stacks: str, rows: list[str]) -> None:
-    """Have the worker's stacks written (faulthandler does that even inside C), kill it, and record its rows as failed."""
+    """Have the worker's stacks written (faulthandler does that even inside C), kill it, record its rows as failed."""
     try:
         os.kill(pid, signal.SIGUSR2)
         time.sleep(0.5)
@@ -46,6 +47,7 @@ def end(pid: int, logdir: str, stacks: str, rows: list[str]) -> None:
         return
     from datamodels.store import Store
     from datamodels.store.claims import start_time
+
     while start_time(pid) is not None:
         time.sleep(0.01)
     try:
@@ -57,8 +59,12 @@ def end(pid: int, logdir: str, stacks: str, rows: list[str]) -> None:
         for item in rows:
             row, attempt = map(int, item.split(":"))
             if not store.completed()[row] and store.run.take(row):
-                store.fail(row, attempt, f"{stack}\nJobTimeout: row {row} ran longer than --worker.job_timeout and did "
-                                         f"not stop when asked; the process was killed")
+                store.fail(
+                    row,
+                    attempt,
+                    f"{stack}\nJobTimeout: row {row} ran longer than --worker.job_timeout and did "
+                    f"not stop when asked; the process was killed",
+                )
                 store.run.release(row, done=False)
 
 

@@ -37,24 +37,41 @@ from datamodels.store import commit as commits
 POOL_VARIABLE = "DATAMODELS_POOL_PID"
 _GRACE = 3.0  # seconds between asking main to stop and killing the process
 
-SECTIONS = {"worker": {
-    "logdir": Option(str, "the store", required=True),
-    "main_import": Option(str, "dotted module with main(), found from the current folder or the Python path, as in "
-                               "examples.minimal.train_minimal", required=True),
-    "index": Option(int, "run this row and no other; without it, claim pending rows until none is left"),
-    "batch": Option(int, "rows per call of main_many()", default=1, min=1),
-    "retries": Option(int, "how often a row that failed, or whose process died, is tried again", default=2, min=0),
-    "job_timeout": Option(int, "seconds after which a call of main is ended and its rows count as failed", min=1),
-    "do_if_complete": Option(bool, "with --worker.index: run a complete row again and replace it once the new values "
-                                   "are checked", default=False),
-    "sync": Option(bool, "wait until each commit is on the disk; false is faster and may lose the last seconds to a "
-                         "power cut, never to a killed process", default=True),
-    "time_to_live": Option(float, "seconds without a heartbeat after which another host may take over a row",
-                           default=120.0, min=1),
-    "dry_run": Option(bool, "show what a row would be called with, and stop", default=False),
-    "smoke": Option(bool, "run one row on three batches of data (main's argument `smoke`), check what it returns, "
-                          "write nothing", default=False),
-}}
+SECTIONS = {
+    "worker": {
+        "logdir": Option(str, "the store", required=True),
+        "main_import": Option(
+            str,
+            "dotted module with main(), found from the current folder or the Python path, as in "
+            "examples.minimal.train_minimal",
+            required=True,
+        ),
+        "index": Option(int, "run this row and no other; without it, claim pending rows until none is left"),
+        "batch": Option(int, "rows per call of main_many()", default=1, min=1),
+        "retries": Option(int, "how often a row that failed, or whose process died, is tried again", default=2, min=0),
+        "job_timeout": Option(int, "seconds after which a call of main is ended and its rows count as failed", min=1),
+        "do_if_complete": Option(
+            bool,
+            "with --worker.index: run a complete row again and replace it once the new values are checked",
+            default=False,
+        ),
+        "sync": Option(
+            bool,
+            "wait until each commit is on the disk; false is faster and may lose the last seconds to a "
+            "power cut, never to a killed process",
+            default=True,
+        ),
+        "time_to_live": Option(
+            float, "seconds without a heartbeat after which another host may take over a row", default=120.0, min=1
+        ),
+        "dry_run": Option(bool, "show what a row would be called with, and stop", default=False),
+        "smoke": Option(
+            bool,
+            "run one row on three batches of data (main's argument `smoke`), check what it returns, write nothing",
+            default=False,
+        ),
+    }
+}
 
 
 class JobTimeout(BaseException):
@@ -79,11 +96,16 @@ def import_main(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             path = Path.cwd() / (name.replace(".", "/") + ".py")
-            hint = "; it is a dotted name, not a path: leave out .py and write . for /" \
-                if "/" in name or name.endswith(".py") else ""
-            raise ConfigError(f"--worker.main_import: there is no module {name!r}; tried {path} and the Python path "
-                              f"(sys.path[0] is {sys.path[0]!r}); run it from the folder that the name begins in"
-                              f"{hint}") from None
+            hint = (
+                "; it is a dotted name, not a path: leave out .py and write . for /"
+                if "/" in name or name.endswith(".py")
+                else ""
+            )
+            raise ConfigError(
+                f"--worker.main_import: there is no module {name!r}; tried {path} and the Python path "
+                f"(sys.path[0] is {sys.path[0]!r}); run it from the folder that the name begins in"
+                f"{hint}"
+            ) from None
         raise
 
 
@@ -116,9 +138,11 @@ class Routine:
             elif parameter.default is parameter.empty and parameter.name not in filled:
                 missing.append(parameter.name)
         if missing:
-            raise ConfigError(f"{where}: asks for {', '.join(missing)}, which a row does not have; it has "
-                              f"{', '.join(available)}{_hint(missing, available)}; give the argument a default, or name "
-                              f"a factor of the design")
+            raise ConfigError(
+                f"{where}: asks for {', '.join(missing)}, which a row does not have; it has "
+                f"{', '.join(available)}{_hint(missing, available)}; give the argument a default, or name "
+                f"a factor of the design"
+            )
         return cls(function, where, tuple(wanted))
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
@@ -171,8 +195,16 @@ class Tally:
 class Worker:
     """Runs rows of one store with one module's `main` and `main_many`."""
 
-    def __init__(self, store: Store, main: Routine | None, main_many: Routine | None, *, batch: int = 1,
-                 retries: int = 2, job_timeout: int | None = None):
+    def __init__(
+        self,
+        store: Store,
+        main: Routine | None,
+        main_many: Routine | None,
+        *,
+        batch: int = 1,
+        retries: int = 2,
+        job_timeout: int | None = None,
+    ):
         self.store, self.main, self.main_many = store, main, main_many
         self.batch, self.retries = batch, retries
         self.tally = Tally()
@@ -229,8 +261,12 @@ class Worker:
         attempts = int(record["attempts"])
         if attempts > self.retries and not anew and not complete_too:
             if record["state"] != commits.FAILED:
-                self._record_failure(row, attempts, "The process that ran this row died without leaving a word (killed, "
-                                                    "out of memory, or the machine went down).")
+                self._record_failure(
+                    row,
+                    attempts,
+                    "The process that ran this row died without leaving a word (killed, "
+                    "out of memory, or the machine went down).",
+                )
                 self.tally.given_up += 1
             store.run.release(row, done=False)
             return False
@@ -277,8 +313,11 @@ class Worker:
                     if len(rows) == 1:
                         self._failed(rows[0], error)
                         return
-                    print(f"rows {rows[0]}…{rows[-1]}: main_many failed for the batch ({_last_line(error)}); running "
-                          f"its {len(rows)} rows one by one", file=sys.stderr)
+                    print(
+                        f"rows {rows[0]}…{rows[-1]}: main_many failed for the batch ({_last_line(error)}); running "
+                        f"its {len(rows)} rows one by one",
+                        file=sys.stderr,
+                    )
                     for row in rows:
                         self._run_claimed([row], replace=replace)
                     return
@@ -314,22 +353,36 @@ class Worker:
         assignment = self.store.design.assignment(row)
         seed_everything(assignment.seed)
         with self._folders(routine, "logdir", [row], logdir) as folders:
-            result = routine({**assignment.choices, "index": row, "seed": assignment.seed, "mask": assignment.mask,
-                              "smoke": smoke, "logdir": folders[0]})
+            result = routine(
+                {
+                    **assignment.choices,
+                    "index": row,
+                    "seed": assignment.seed,
+                    "mask": assignment.mask,
+                    "smoke": smoke,
+                    "logdir": folders[0],
+                }
+            )
         if not isinstance(result, Mapping):
-            raise RowError(f"row {row}: {routine.name} must return a dict from key to value, got "
-                           f"{type(result).__name__}; return "
-                           f"{{{', '.join(f'{k!r}: …' for k in self.store.spec.schema)}}}")
+            raise RowError(
+                f"row {row}: {routine.name} must return a dict from key to value, got "
+                f"{type(result).__name__}; return "
+                f"{{{', '.join(f'{k!r}: …' for k in self.store.spec.schema)}}}"
+            )
         return self._filled(assignment, result)
 
-    def call_many(self, rows: list[int], *, smoke: bool = False, logdir: str | None = None) -> dict[int, Mapping[str, Any]]:
+    def call_many(
+        self, rows: list[int], *, smoke: bool = False, logdir: str | None = None
+    ) -> dict[int, Mapping[str, Any]]:
         """What main_many returns for rows, taken apart by row."""
         routine = self.main_many
         assert routine is not None
         assignments = [self.store.design.assignment(row) for row in rows]
         arguments: dict[str, Any] = {
-            "indices": np.array(rows, np.int64), "seeds": np.array([a.seed for a in assignments], np.int64),
-            "smoke": smoke}
+            "indices": np.array(rows, np.int64),
+            "seeds": np.array([a.seed for a in assignments], np.int64),
+            "smoke": smoke,
+        }
         if "masks" in routine.wanted:
             unmasked = [a.row for a in assignments if a.mask is None]
             if unmasked:
@@ -341,15 +394,21 @@ class Worker:
         with self._folders(routine, "logdirs", rows, logdir) as folders:
             result = routine({**arguments, "logdirs": folders})
         if not isinstance(result, Mapping):
-            raise RowError(f"rows {rows[0]}…{rows[-1]}: {routine.name} must return a dict from key to an array with a "
-                           f"leading axis of {len(rows)}, got {type(result).__name__}")
+            raise RowError(
+                f"rows {rows[0]}…{rows[-1]}: {routine.name} must return a dict from key to an array with a "
+                f"leading axis of {len(rows)}, got {type(result).__name__}"
+            )
         for key, values in result.items():
             if not hasattr(values, "__len__") or len(values) != len(rows):
                 got = list(values.shape) if hasattr(values, "shape") else type(values).__name__
-                raise RowError(f"rows {rows[0]}…{rows[-1]}, {key!r}: {routine.name} must return a leading axis of "
-                               f"{len(rows)}, one entry per row of `indices`, got {got}")
-        return {a.row: self._filled(a, {key: values[i] for key, values in result.items()})
-                for i, a in enumerate(assignments)}
+                raise RowError(
+                    f"rows {rows[0]}…{rows[-1]}, {key!r}: {routine.name} must return a leading axis of "
+                    f"{len(rows)}, one entry per row of `indices`, got {got}"
+                )
+        return {
+            a.row: self._filled(a, {key: values[i] for key, values in result.items()})
+            for i, a in enumerate(assignments)
+        }
 
     def _filled(self, assignment: Assignment, result: Mapping[str, Any]) -> Mapping[str, Any]:
         """The result with masks and factors of the design where main left them out, and checked where it did not."""
@@ -358,8 +417,10 @@ class Worker:
             if key in result:
                 field, where = self.store.spec.schema[key], f"row {assignment.row}"
                 if field.encode(result[key], where=where).tobytes() != field.encode(value, where=where).tobytes():
-                    raise RowError(f"{where}, {key!r}: main returned something else than the design gives this row; "
-                                   f"train on the `mask` (or factor) that main is given, or leave it out of the design")
+                    raise RowError(
+                        f"{where}, {key!r}: main returned something else than the design gives this row; "
+                        f"train on the `mask` (or factor) that main is given, or leave it out of the design"
+                    )
         return {**audit, **result}
 
     @contextlib.contextmanager
@@ -384,7 +445,9 @@ class Worker:
             try:
                 yield
             except SystemExit as error:
-                raise RuntimeError(f"main called sys.exit({error.code!r}); a row ends by returning its values") from error
+                raise RuntimeError(
+                    f"main called sys.exit({error.code!r}); a row ends by returning its values"
+                ) from error
 
     # -------------------------------------------------------- what came of them
 
@@ -440,8 +503,12 @@ class Worker:
             place = f"; traceback in {where}"
         except StoreError as full:
             place = f"; and its traceback could not be kept ({full})"
-        print(f"row {row}: attempt {attempts} failed: {_last_line(error)}{place}"
-              f"{'; it will be tried again' if again else ''}", file=sys.stderr, flush=True)
+        print(
+            f"row {row}: attempt {attempts} failed: {_last_line(error)}{place}"
+            f"{'; it will be tried again' if again else ''}",
+            file=sys.stderr,
+            flush=True,
+        )
         self.tally.failed += 1
         self.tally.given_up += not again
         self.store.run.release(row, done=False)
@@ -492,8 +559,11 @@ class Deadline:
         self._stacks = store.path / "runs" / f"{store.run.id}.stacks"
         self._file = open(self._stacks, "w")  # noqa: SIM115 - faulthandler keeps it until close()
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
-        self._dog = subprocess.Popen([sys.executable, "-m", "datamodels.watchdog", str(os.getpid()), str(store.path),
-                                      str(self._stacks)], stdin=subprocess.PIPE, start_new_session=True)
+        self._dog = subprocess.Popen(
+            [sys.executable, "-m", "datamodels.watchdog", str(os.getpid()), str(store.path), str(self._stacks)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
 
     @contextlib.contextmanager
     def over(self, rows: Sequence[tuple[int, int]]) -> Iterator[None]:
@@ -536,9 +606,15 @@ class Deadline:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = cli.parse("python -m datamodels.worker", "Run rows of a store: call main() of a module of yours, check what it "
-                     "returns, and commit it.", SECTIONS, argv, passthrough=True, help_later="worker.main_import",
-                     elsewhere=("pool",))
+    args = cli.parse(
+        "python -m datamodels.worker",
+        "Run rows of a store: call main() of a module of yours, check what it returns, and commit it.",
+        SECTIONS,
+        argv,
+        passthrough=True,
+        help_later="worker.main_import",
+        elsewhere=("pool",),
+    )
     if args.help_requested:
         import_main(args["worker.main_import"])
         cli.collect_user(args)
@@ -556,8 +632,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if single is None and many is None:
         raise ConfigError(f"{module.__name__} ({getattr(module, '__file__', '?')}): has neither main() nor main_many()")
     if args["worker.batch"] > 1 and many is None:
-        raise ConfigError(f"--worker.batch: {module.__name__} has no main_many() that could run several rows at once; "
-                          f"write one, or leave the option out")
+        raise ConfigError(
+            f"--worker.batch: {module.__name__} has no main_many() that could run several rows at once; "
+            f"write one, or leave the option out"
+        )
     program = sys.argv[0]
     sys.argv = [program, *args.rest]
     if args["worker.dry_run"] or args["worker.smoke"]:
@@ -576,10 +654,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_status
 
 
-def _work(store: Store, single: Routine | None, many: Routine | None, args: cli.Arguments, one: bool, index: int | None) -> int:
+def _work(
+    store: Store, single: Routine | None, many: Routine | None, args: cli.Arguments, one: bool, index: int | None
+) -> int:
     started = time.monotonic()
-    with Worker(store, single, many, batch=args["worker.batch"], retries=args["worker.retries"],
-                job_timeout=args.get("worker.job_timeout")) as worker:
+    with Worker(
+        store,
+        single,
+        many,
+        batch=args["worker.batch"],
+        retries=args["worker.retries"],
+        job_timeout=args.get("worker.job_timeout"),
+    ) as worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, worker.on_signal)
         try:
@@ -593,8 +679,11 @@ def _work(store: Store, single: Routine | None, many: Routine | None, args: cli.
             with tqdm(total=store.num_models, initial=int(store.completed().sum()), unit="row", disable=quiet) as bar:
                 worker.run_all(bar.update)
         except Stopped as stop:
-            print(f"stopped by {signal.Signals(stop.number).name}; {worker.tally.committed} rows committed, rows in hand "
-                  f"are given back", file=sys.stderr)
+            print(
+                f"stopped by {signal.Signals(stop.number).name}; {worker.tally.committed} rows committed, rows in hand "
+                f"are given back",
+                file=sys.stderr,
+            )
             return 130 if stop.number == signal.SIGINT else 143 if one else 0
     tally = worker.tally
     print(f"{tally.committed} rows committed, {tally.failed} attempts failed, {tally.given_up} rows given up")
@@ -622,15 +711,21 @@ def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str
     routine = worker.main_many if worker.main_many is not None and (batch > 1 or worker.main is None) else worker.main
     assert routine is not None
     inner = _unwrap(routine.function)[0]
-    mask = "none" if assignment.mask is None else \
-        f"{int(assignment.mask.sum()):,} of {assignment.mask.size:,} examples (block {assignment.block}, mask " \
+    mask = (
+        "none"
+        if assignment.mask is None
+        else f"{int(assignment.mask.sum()):,} of {assignment.mask.size:,} examples (block {assignment.block}, mask "
         f"{assignment.mask_id}, repeat {assignment.repeat})"
-    lines = [f"row        {row} of {store.num_models} ({assignment.role})", f"seed       {assignment.seed}",
-             f"mask       {mask}",
-             f"choices    {', '.join(f'{k}={v!r}' for k, v in assignment.choices.items()) or 'none'}",
-             f"calls      {routine.name}({', '.join(routine.wanted)}) in {inspect.getsourcefile(inner) or '?'}",
-             f"sys.argv   {' '.join(rest) or '(empty)'}",
-             "returns    " + ", ".join(f"{k}: {f.dtype} {list(f.shape)}" for k, f in store.spec.schema.items())]
+    )
+    lines = [
+        f"row        {row} of {store.num_models} ({assignment.role})",
+        f"seed       {assignment.seed}",
+        f"mask       {mask}",
+        f"choices    {', '.join(f'{k}={v!r}' for k, v in assignment.choices.items()) or 'none'}",
+        f"calls      {routine.name}({', '.join(routine.wanted)}) in {inspect.getsourcefile(inner) or '?'}",
+        f"sys.argv   {' '.join(rest) or '(empty)'}",
+        "returns    " + ", ".join(f"{k}: {f.dtype} {list(f.shape)}" for k, f in store.spec.schema.items()),
+    ]
     return "\n".join([*lines, *cli.user_values()])
 
 
@@ -648,12 +743,17 @@ def smoke(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str:
         else:
             results = {row: worker.call(row, smoke=True, logdir=folder)}
     encoded = {r: store.encode(r, values) for r, values in results.items()}
-    lines = [f"smoke: {len(encoded)} row{'s' if len(encoded) > 1 else ''} from {row} in {time.monotonic() - started:.1f} s; "
-             f"every value fits the schema; nothing was written"]
+    lines = [
+        f"smoke: {len(encoded)} row{'s' if len(encoded) > 1 else ''} from {row} in {time.monotonic() - started:.1f} s; "
+        f"every value fits the schema; nothing was written"
+    ]
     for key, value in results[row].items():
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-        spread = f"min {array.min():.4g}, mean {array.mean():.4g}, max {array.max():.4g}" \
-            if array.size and array.dtype.kind in "biuf" else ""
+        spread = (
+            f"min {array.min():.4g}, mean {array.mean():.4g}, max {array.max():.4g}"
+            if array.size and array.dtype.kind in "biuf"
+            else ""
+        )
         lines.append(f"  {key}: {list(array.shape)} {spread}")
     return "\n".join(lines)
 

@@ -12,8 +12,13 @@ from pathlib import Path
 from datamodels.executors.base import Executor, Exit
 
 # Whichever of these a numerical library reads, W workers then use W cores and no more.
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS",
-                    "VECLIB_MAXIMUM_THREADS")
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
 _TAIL_BYTES = 4000
 
 
@@ -45,8 +50,14 @@ class LocalExecutor(Executor):
 
     def start(self, number: int) -> None:
         with open(self.log(number), "ab") as log:
-            process = subprocess.Popen(self.command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                self.command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._processes[number] = (process, time.monotonic())
 
     def running(self) -> int:

@@ -1,13 +1,13 @@
 """Who may write which row: leases in `claims/`, one heartbeat file per worker process in `runs/`.
 
-A claim is a symbolic link `claims/<row>.<generation>` whose text is the run id of its holder: it appears whole and at
-most once, on local disks and on NFS, and there is no moment at which it exists without saying whose it is. A claim whose
-holder is gone is taken over by making the next generation; the old one is never renamed or removed while its holder might
-wake up. The highest generation holds the row.
+A claim is a symbolic link `claims/<row>.<generation>` whose text is the run id of its holder: it appears whole and
+at most once, and there is no moment at which it exists without saying whose it is. A claim whose holder is gone is
+taken over by making the next generation; the old one is never renamed or removed while its holder might wake up. The
+highest generation holds the row.
 
 On one host a takeover needs the holder's commit lock, so a commit is never overtaken, and a holder that lives is never
-taken over at all. Across hosts a holder is gone when its heartbeat has not moved for the lease's time to live, measured by
-the observer's own monotonic clock.
+taken over at all. Across hosts a holder is gone when its heartbeat has not moved for the lease's time to live,
+measured by the observer's own monotonic clock.
 """
 
 from __future__ import annotations
@@ -75,16 +75,26 @@ def start_time(pid: int) -> str | None:
 class Run:
     """This process as one of a store's runs: its record, its heartbeat, its commit lock and the claims it holds."""
 
-    def __init__(self, folder: Path, *, network: bool, time_to_live: float = TIME_TO_LIVE,
-                 describe: dict[str, Any] | None = None):
+    def __init__(
+        self, folder: Path, *, network: bool, time_to_live: float = TIME_TO_LIVE, describe: dict[str, Any] | None = None
+    ):
         self.folder, self.network, self.time_to_live = folder, network, time_to_live
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
         self.claims: dict[int, int] = {}  # row -> generation
         self._seen: dict[str, tuple[Any, float]] = {}  # run elsewhere -> (last beat, when it was first seen)
         self._moving: set[str] = set()
         self._mutex = threading.RLock()
-        self._record = {"run": self.id, **vars(Process.current()), "argv": sys.argv, "started": time.time(),
-                        "python": sys.version.split()[0], "finished": None, "exit": None, "beat": 0, **(describe or {})}
+        self._record = {
+            "run": self.id,
+            **vars(Process.current()),
+            "argv": sys.argv,
+            "started": time.time(),
+            "python": sys.version.split()[0],
+            "finished": None,
+            "exit": None,
+            "beat": 0,
+            **(describe or {}),
+        }
         for name in ("runs", "claims"):
             (folder / name).mkdir(exist_ok=True)
         self._lock_path = folder / "claims" / f"{self.id}.lock"
@@ -230,19 +240,28 @@ class Run:
         while os.path.lexists(self.path(row, generation + 1)):
             generation += 1
         holder = self.holder(row, generation)
-        return (holder is not None and holder != self.id and _alive(self.record(holder)) is None
-                and holder not in self._moving)
+        return (
+            holder is not None
+            and holder != self.id
+            and _alive(self.record(holder)) is None
+            and holder not in self._moving
+        )
 
     def held(self, rows: Sequence[int]) -> None:
         """`ClaimLost` unless this run holds every one of `rows`, and on a network file system within its lease."""
         if self.network and time.monotonic() - self._last_beat > self.time_to_live / 2:
-            raise ClaimLost(f"row {rows[0]}: this process has not renewed its lease for half of "
-                            f"{self.time_to_live:g} s, so another host may have taken the row; its values are not "
-                            f"written")
+            raise ClaimLost(
+                f"row {rows[0]}: this process has not renewed its lease for half of "
+                f"{self.time_to_live:g} s, so another host may have taken the row; its values are not "
+                f"written"
+            )
         for row in rows:
             generation = self.claims.get(row)
-            if generation is None or self.holder(row, generation) != self.id \
-                    or os.path.lexists(self.path(row, generation + 1)):
+            if (
+                generation is None
+                or self.holder(row, generation) != self.id
+                or os.path.lexists(self.path(row, generation + 1))
+            ):
                 self.claims.pop(row, None)
                 raise ClaimLost(f"row {row}: another worker holds it now; its values are not written")
 
@@ -271,13 +290,16 @@ class Run:
 def _alive(record: dict[str, Any] | None) -> bool | None:
     """Whether the process of a run's record lives, or None where this host cannot know."""
     try:
-        return None if record is None else Process(record["host"], record["boot"], record["pid"], record["ticks"]).alive()
+        return (
+            None if record is None else Process(record["host"], record["boot"], record["pid"], record["ticks"]).alive()
+        )
     except KeyError:
         return None
 
 
 def describe_process(cwd: Path | None = None) -> dict[str, Any]:
     """The git commit and whether the tree differs from it, for the run's record; empty outside a checkout."""
+
     def git(*args: str) -> str | None:
         try:
             done = subprocess.run(["git", *args], cwd=cwd, capture_output=True, text=True, timeout=5, check=False)

@@ -1,8 +1,8 @@
 """How rows become true: key bytes, then records, then `_completed`; each phase synced before the next begins.
 
-A crash at any instruction therefore leaves a row incomplete or exact. A row that is already complete is replaced through
-a journal: its new values are written whole to the side and synced first, so that the crash leaves the old row or the
-new one.
+A crash at any instruction therefore leaves a row incomplete or exact. A row that is already complete is replaced
+through a journal: its new values are written whole to the side and synced first, so that the crash leaves the old row
+or the new one.
 """
 
 from __future__ import annotations
@@ -25,9 +25,19 @@ ABSENT, VALID, FAILED_KEY = 0, 1, 2
 PENDING, RUNNING, DONE, FAILED = 0, 1, 2, 3
 
 KEY_RECORD = np.dtype([("status", "<u4"), ("attempt", "<u4"), ("crc32", "<u4"), ("check", "<u4")])
-ROW_RECORD = np.dtype([("state", "<u4"), ("attempts", "<u4"), ("started", "<f8"), ("finished", "<f8"),
-                       ("seed", "<u8"), ("run", "S24"), ("reserved", "<u4"), ("check", "<u4")])
-# 16 and 64 bytes behind headers that are multiples of 64: a record never straddles a 512-byte sector, so it cannot tear.
+ROW_RECORD = np.dtype(
+    [
+        ("state", "<u4"),
+        ("attempts", "<u4"),
+        ("started", "<f8"),
+        ("finished", "<f8"),
+        ("seed", "<u8"),
+        ("run", "S24"),
+        ("reserved", "<u4"),
+        ("check", "<u4"),
+    ]
+)
+# 16 and 64 bytes, behind headers that are multiples of 64: no record straddles a 512-byte sector, so none can tear.
 
 COMPLETED_FILE, ROWS_FILE, JOURNAL = f"{COMPLETED}.npy", "_rows.npy", "_replace"
 
@@ -70,15 +80,18 @@ class Layout:
         return self._structured(ROWS_FILE, rows, ROW_RECORD)
 
     def completed(self, rows: Sequence[int] | None = None) -> np.ndarray:
-        return self._structured(COMPLETED_FILE, rows, np.dtype("u1")) == 1
+        flags: np.ndarray = self._structured(COMPLETED_FILE, rows, np.dtype("u1")) == 1
+        return flags
 
     def _structured(self, name: str, rows: Sequence[int] | None, dtype: np.dtype[Any]) -> np.ndarray:
         if rows is None:
             return np.frombuffer(self.read(name, 0, self.num_models, dtype.itemsize), dtype)
         if not len(rows):
             return np.empty(0, dtype)
-        parts = [self.read(name, rows[start], rows[stop - 1] - rows[start] + 1, dtype.itemsize)
-                 for start, stop in spans(rows)]
+        parts = [
+            self.read(name, rows[start], rows[stop - 1] - rows[start] + 1, dtype.itemsize)
+            for start, stop in spans(rows)
+        ]
         return np.frombuffer(b"".join(parts), dtype)
 
 
@@ -140,8 +153,14 @@ def _nothing() -> None:
     pass
 
 
-def commit(layout: Layout, rows: Sequence[int], blobs: Mapping[str, Sequence[bytes]], infos: Sequence[RowInfo],
-           run: str, guard: Callable[[], None] = _nothing) -> None:
+def commit(
+    layout: Layout,
+    rows: Sequence[int],
+    blobs: Mapping[str, Sequence[bytes]],
+    infos: Sequence[RowInfo],
+    run: str,
+    guard: Callable[[], None] = _nothing,
+) -> None:
     """Write incomplete rows; when this returns they are complete and durable.
 
     `rows` ascend without repetition; `blobs` holds per key one encoded value per row, every required key among them.
@@ -154,13 +173,27 @@ def commit(layout: Layout, rows: Sequence[int], blobs: Mapping[str, Sequence[byt
     layout.disk.sync([key_file(key) for key in blobs])
 
     for key in blobs:
-        layout.write(record_file(key), rows,
-                     [key_record(key, row, attempt=info.attempts, crc32=zlib.crc32(blob))
-                      for row, info, blob in zip(rows, infos, blobs[key], strict=True)], guard)
+        layout.write(
+            record_file(key),
+            rows,
+            [
+                key_record(key, row, attempt=info.attempts, crc32=zlib.crc32(blob))
+                for row, info, blob in zip(rows, infos, blobs[key], strict=True)
+            ],
+            guard,
+        )
     now = time.time()
-    layout.write(ROWS_FILE, rows,
-                 [row_record(row, state=DONE, attempts=info.attempts, started=info.started, finished=now,
-                             seed=info.seed, run=run) for row, info in zip(rows, infos, strict=True)], guard)
+    layout.write(
+        ROWS_FILE,
+        rows,
+        [
+            row_record(
+                row, state=DONE, attempts=info.attempts, started=info.started, finished=now, seed=info.seed, run=run
+            )
+            for row, info in zip(rows, infos, strict=True)
+        ],
+        guard,
+    )
     layout.disk.sync([*(record_file(key) for key in blobs), ROWS_FILE])
 
     layout.write(COMPLETED_FILE, rows, [b"\1"] * len(rows), guard)
@@ -175,7 +208,9 @@ def _invalidate(layout: Layout, rows: Sequence[int], guard: Callable[[], None]) 
         layout.disk.sync([COMPLETED_FILE])
     touched = []
     for key in layout.fields:
-        stale = [row for row, record in zip(rows, layout.records(key, rows), strict=True) if record.tobytes() != bytes(16)]
+        stale = [
+            row for row, record in zip(rows, layout.records(key, rows), strict=True) if record.tobytes() != bytes(16)
+        ]
         if stale:
             layout.write(record_file(key), stale, [bytes(16)] * len(stale), guard)
             touched.append(record_file(key))
@@ -189,8 +224,16 @@ _MAGIC = b"datamodels-replace-1\n"
 
 def write_journal(layout: Layout, row: int, blobs: Mapping[str, bytes], info: RowInfo, run: str) -> None:
     """The new values of a complete row, whole and durable at the side; from here on they win."""
-    head = json.dumps({"row": row, "run": run, "attempts": info.attempts, "started": info.started, "seed": info.seed,
-                       "keys": [[key, len(blob)] for key, blob in blobs.items()]}).encode()
+    head = json.dumps(
+        {
+            "row": row,
+            "run": run,
+            "attempts": info.attempts,
+            "started": info.started,
+            "seed": info.seed,
+            "keys": [[key, len(blob)] for key, blob in blobs.items()],
+        }
+    ).encode()
     body = _MAGIC + struct.pack("<I", len(head)) + head + b"".join(blobs.values())
     layout.disk.put(f"{JOURNAL}/{row}", body + struct.pack("<I", zlib.crc32(body)))
 
@@ -200,13 +243,15 @@ def apply_journal(layout: Layout, row: int, guard: Callable[[], None] = _nothing
     name = f"{JOURNAL}/{row}"
     raw = layout.disk.read(name, 0, _journal_size(layout, name))
     if not raw.startswith(_MAGIC) or zlib.crc32(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
-        raise StoreError(f"{name}: this journal of a replaced row is damaged; the row keeps what it has; remove the file")
+        raise StoreError(
+            f"{name}: this journal of a replaced row is damaged; the row keeps what it has; remove the file"
+        )
     start = len(_MAGIC) + 4
-    length = struct.unpack("<I", raw[len(_MAGIC):start])[0]
-    head = json.loads(raw[start:start + length])
+    length = struct.unpack("<I", raw[len(_MAGIC) : start])[0]
+    head = json.loads(raw[start : start + length])
     offset, blobs = start + length, {}
     for key, size in head["keys"]:
-        blobs[key] = [raw[offset:offset + size]]
+        blobs[key] = [raw[offset : offset + size]]
         offset += size
     info = RowInfo(head["attempts"], head["started"], head["seed"])
     commit(layout, [row], blobs, [info], head["run"], guard)
@@ -218,4 +263,4 @@ def _journal_size(layout: Layout, name: str) -> int:
     start = len(_MAGIC) + 4
     length = struct.unpack("<I", layout.disk.read(name, len(_MAGIC), 4))[0]
     head = json.loads(layout.disk.read(name, start, length))
-    return start + length + sum(size for _, size in head["keys"]) + 4
+    return int(start + length + sum(size for _, size in head["keys"]) + 4)

@@ -19,8 +19,30 @@ from typing import Protocol
 from datamodels.errors import StoreError
 
 # What is known to have one host; anything else is treated as shared with others.
-_LOCAL = frozenset("ext2 ext3 ext4 xfs btrfs tmpfs ramfs overlay zfs f2fs bcachefs reiserfs jfs ntfs ntfs3 vfat exfat "
-                   "apfs hfs aufs".split())
+_LOCAL = frozenset(
+    [
+        "ext2",
+        "ext3",
+        "ext4",
+        "xfs",
+        "btrfs",
+        "tmpfs",
+        "ramfs",
+        "overlay",
+        "zfs",
+        "f2fs",
+        "bcachefs",
+        "reiserfs",
+        "jfs",
+        "ntfs",
+        "ntfs3",
+        "vfat",
+        "exfat",
+        "apfs",
+        "hfs",
+        "aufs",
+    ]
+)
 
 
 class Disk(Protocol):
@@ -83,8 +105,9 @@ class PosixDisk:
             try:
                 fd = os.open(self.root / name, self._flags)
             except FileNotFoundError:
-                raise StoreError(f"{self.root / name}: this file of the store is missing; restore it, or initialise a "
-                                 f"new store") from None
+                raise StoreError(
+                    f"{self.root / name}: this file of the store is missing; restore it, or initialise a new store"
+                ) from None
             self._fds[name] = fd
         return fd
 
@@ -109,15 +132,18 @@ class PosixDisk:
         try:
             fd = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise StoreError(f"{self.root / name}: this file of the store is missing; restore it, or initialise a new "
-                             f"store") from None
+            raise StoreError(
+                f"{self.root / name}: this file of the store is missing; restore it, or initialise a new store"
+            ) from None
         try:
             parts, left = [], size
             while left:
                 part = os.pread(fd, left, offset)
                 if not part:
-                    raise StoreError(f"{self.root / name}: ends at byte {offset}, expected {left} more; the file was "
-                                     f"cut short; restore it, or initialise a new store")
+                    raise StoreError(
+                        f"{self.root / name}: ends at byte {offset}, expected {left} more; the file was "
+                        f"cut short; restore it, or initialise a new store"
+                    )
                 parts.append(part)
                 left, offset = left - len(part), offset + len(part)
             return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -150,7 +176,7 @@ class PosixDisk:
             with _explained(path):
                 view = memoryview(data)
                 while view:
-                    view = view[os.write(fd, view):]
+                    view = view[os.write(fd, view) :]
                 if self.durable:
                     os.fsync(fd)
         except BaseException:
@@ -191,11 +217,16 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = {errno.ENOSPC: "the disk is full; free space and run it again",
-                errno.EDQUOT: "your quota is used up; free space and run it again",
-                errno.EIO: "the disk reported an error; check it before you go on",
-                errno.EACCES: "no permission to write there", errno.EROFS: "the file system is read-only"}
-        raise StoreError(f"{path}: {error.strerror}: {hint.get(error.errno or 0, 'the write did not happen')}") from error
+        hint = {
+            errno.ENOSPC: "the disk is full; free space and run it again",
+            errno.EDQUOT: "your quota is used up; free space and run it again",
+            errno.EIO: "the disk reported an error; check it before you go on",
+            errno.EACCES: "no permission to write there",
+            errno.EROFS: "the file system is read-only",
+        }
+        raise StoreError(
+            f"{path}: {error.strerror}: {hint.get(error.errno or 0, 'the write did not happen')}"
+        ) from error
 
 
 def _reserve(fd: int, size: int) -> None:

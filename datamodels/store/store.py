@@ -64,8 +64,9 @@ class Store:
     # ------------------------------------------------------------ make, open
 
     @classmethod
-    def create(cls, path: str | Path, spec: Spec | Mapping[str, Any] | str | Path, *, reserve: bool = True,
-               sync: bool = True) -> Store:
+    def create(
+        cls, path: str | Path, spec: Spec | Mapping[str, Any] | str | Path, *, reserve: bool = True, sync: bool = True
+    ) -> Store:
         """A new store at `path`, of a `Spec`, parsed JSON or the path of a JSON file.
 
         The folder may exist, but not with a store, or with files of the names that a store needs. Where the file system
@@ -82,7 +83,7 @@ class Store:
             resolved = resolve(spec, base)
         except SpecError as error:
             raise SpecError(f"{where}{error}") from None
-        spec, design = resolved.spec, resolved.design
+        spec = resolved.spec
         assert spec.num_models is not None
         _refuse_existing(path, spec)
         try:
@@ -103,7 +104,9 @@ class Store:
                         disk.create(name, head, size, reserve=reserve)
                     except StoreError as error:
                         free = shutil.disk_usage(path).free
-                        raise StoreError(f"{error}; {name} needs {size:,} bytes, {free:,} are free in {path}") from error
+                        raise StoreError(
+                            f"{error}; {name} needs {size:,} bytes, {free:,} are free in {path}"
+                        ) from error
                 for inside, source in resolved.files.items():
                     made.append(inside)
                     disk.put(inside, source.read_bytes())
@@ -132,26 +135,37 @@ class Store:
         """
         path = Path(path)
         if not (path / SPEC_FILE).is_file():
-            what = ("there is no such folder" if not path.exists() else "it is not a folder" if not path.is_dir() else
-                    "its initialisation did not finish; run it again" if (path / MARKER).exists() else
-                    "it has no spec.json, so it was not made by this package" if (path / COMPLETED_FILE).exists() else
-                    "it has no spec.json")
-            raise StoreError(f"{path}: not a store: {what}; make one with python -m datamodels.initialize_logdir "
-                             f"--logging.logdir={path} --logging.spec=SPEC.json")
+            what = (
+                "there is no such folder"
+                if not path.exists()
+                else "it is not a folder"
+                if not path.is_dir()
+                else "its initialisation did not finish; run it again"
+                if (path / MARKER).exists()
+                else "it has no spec.json, so it was not made by this package"
+                if (path / COMPLETED_FILE).exists()
+                else "it has no spec.json"
+            )
+            raise StoreError(
+                f"{path}: not a store: {what}; make one with python -m datamodels.initialize_logdir "
+                f"--logging.logdir={path} --logging.spec=SPEC.json"
+            )
         try:
             resolved = resolve(Spec.load(path / SPEC_FILE), path)
         except SpecError as error:
             raise StoreError(f"{path}: {error}") from error
         spec, design = resolved.spec, resolved.design
         assert spec.num_models is not None
-        heads = {name: _check_head(path / name, dtype, (spec.num_models, *shape)) for name, dtype, shape in _files(spec)}
+        heads = {
+            name: _check_head(path / name, dtype, (spec.num_models, *shape)) for name, dtype, shape in _files(spec)
+        }
         disk = PosixDisk(path, sync=sync)
         store = cls(path, spec, design, Layout(disk, spec.schema, spec.num_models, heads), disk, time_to_live)
         store.recover()
         return store
 
     def recover(self) -> list[int]:
-        """Finish replacements that a crash interrupted; the rows concerned. Rows that somebody holds are left to them."""
+        """Finish replacements that a crash interrupted; the rows concerned. Rows that are held are left to the holder."""
         rows = []
         for name in self.disk.list(commits.JOURNAL):
             row = int(name)
@@ -169,11 +183,10 @@ class Store:
     def run(self) -> Run:
         """This process as a run of the store; made when first asked for, closed with the store or the process."""
         if self._run is None:
-            self._run = Run(self.path, network=self.disk.network, time_to_live=self._time_to_live,
-                            describe=describe_process())
-            owner = os.getpid()
-            # A forked child must not close its parent's run.
-            atexit.register(lambda run=self._run: run.close() if os.getpid() == owner else None)
+            self._run = Run(
+                self.path, network=self.disk.network, time_to_live=self._time_to_live, describe=describe_process()
+            )
+            atexit.register(_close_unless_forked, self._run, os.getpid())
         return self._run
 
     def close(self, exit_status: int | None = None) -> None:
@@ -185,7 +198,9 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # ------------------------------------------------------------------ read
@@ -209,42 +224,56 @@ class Store:
     def rows(self, key: str, rows: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
         """Values of a key, (len(rows), *shape), every row checked against its checksum; `bits` come as bool.
 
-        `rows=None` is every complete row that has the key, ascending. `StoreError` names a row that is not complete or whose bytes
-        are not what was committed.
+        `rows=None` is every complete row that has the key, ascending. `StoreError` names a row that is not complete
+        or whose bytes are not what was committed.
         """
         field = self.field(key)
         completed = self.completed()
         if rows is None and not field.required:
             completed &= self.layout.records(key)["status"] == commits.VALID
-        wanted = np.flatnonzero(completed) if rows is None else \
-            np.array([check_index(row, self.num_models) for row in rows], dtype=np.int64)
+        wanted = (
+            np.flatnonzero(completed)
+            if rows is None
+            else np.array([check_index(row, self.num_models) for row in rows], dtype=np.int64)
+        )
         missing = wanted[~completed[wanted]]
         if len(missing):
-            raise StoreError(f"{self.path}: row {missing[0]} is not complete ({len(missing)} of the {len(wanted)} rows "
-                             f"asked for); run the workers, or ask for complete rows only")
+            raise StoreError(
+                f"{self.path}: row {missing[0]} is not complete ({len(missing)} of the {len(wanted)} rows "
+                f"asked for); run the workers, or ask for complete rows only"
+            )
         order = np.argsort(wanted, kind="stable")
         distinct, position = np.unique(wanted, return_inverse=True)
         out = np.empty((len(distinct), *field.shape), field.value_dtype)
         step = max(1, _READ_BYTES // max(1, field.nbytes))
         for start in range(0, len(distinct), step):
-            chunk = [int(r) for r in distinct[start:start + step]]
-            out[start:start + len(chunk)] = self._checked(field, chunk)
+            chunk = [int(r) for r in distinct[start : start + step]]
+            out[start : start + len(chunk)] = self._checked(field, chunk)
         return out if len(order) == len(distinct) and np.array_equal(distinct, wanted) else out[position]
 
     def _checked(self, field: Field, rows: list[int]) -> np.ndarray:
-        records = self.layout.records(field.name, rows)
-        blobs = []
-        for start, stop in commits.spans(rows):
-            raw = memoryview(self.layout.read(commits.key_file(field.name), rows[start], stop - start, field.nbytes)
-                             if field.nbytes else b"")
-            blobs += [raw[i * field.nbytes:(i + 1) * field.nbytes] for i in range(stop - start)]
-        for row, record, blob in zip(rows, records, blobs, strict=True):
+        blobs = self.blobs(field, rows)
+        for row, record, blob in zip(rows, self.layout.records(field.name, rows), blobs, strict=True):
             problem = commits.problem(record, field.name, row, blob)
             if problem:
-                raise StoreError(f"{self.path}: row {row}, {field.name!r}: {problem}; run it again with "
-                                 f"--worker.index={row} --worker.do_if_complete")
+                raise StoreError(
+                    f"{self.path}: row {row}, {field.name!r}: {problem}; run it again with "
+                    f"--worker.index={row} --worker.do_if_complete"
+                )
         stored = np.frombuffer(b"".join(blobs), field.disk_dtype).reshape(len(rows), *field.disk_shape)
         return field.decode(stored)
+
+    def blobs(self, field: Field, rows: list[int]) -> list[memoryview]:
+        """The bytes of `rows`, ascending, as they stand on disk; unchecked."""
+        out: list[memoryview] = []
+        for start, stop in commits.spans(rows):
+            raw = memoryview(
+                self.layout.read(commits.key_file(field.name), rows[start], stop - start, field.nbytes)
+                if field.nbytes
+                else b""
+            )
+            out += [raw[i * field.nbytes : (i + 1) * field.nbytes] for i in range(stop - start)]
+        return out
 
     def status(self, *, failures: int = 20) -> Status:
         """How far the store is; at most `failures` failed rows are described."""
@@ -255,15 +284,18 @@ class Store:
         running[[row for row in held if row < self.num_models]] = True
         running &= ~completed
         failed = np.flatnonzero((records["state"] == commits.FAILED) & ~completed & ~running)
-        shown = tuple(Failure(int(row), int(records["attempts"][row]), self.last_error(int(row)))
-                      for row in failed[:failures])
+        shown = tuple(
+            Failure(int(row), int(records["attempts"][row]), self.last_error(int(row))) for row in failed[:failures]
+        )
         done, active = int(completed.sum()), int(running.sum())
         return Status(self.num_models, done, active, len(failed), self.num_models - done - active - len(failed), shown)
 
     def last_error(self, row: int) -> str:
         """Last line of the traceback of a row's newest failed attempt, or "" where there is none."""
-        attempts = sorted((self.path / "workers" / str(row)).glob("attempt-*.json"),
-                          key=lambda p: int(p.stem.partition("-")[2]) if p.stem.partition("-")[2].isdigit() else -1)
+        attempts = sorted(
+            (self.path / "workers" / str(row)).glob("attempt-*.json"),
+            key=lambda p: int(p.stem.partition("-")[2]) if p.stem.partition("-")[2].isdigit() else -1,
+        )
         try:
             lines = str(json.loads(attempts[-1].read_text())["traceback"]).strip().splitlines()
             return lines[-1] if lines else ""
@@ -277,30 +309,38 @@ class Store:
         says: a required key missing, a key unknown, another shape, a cast that loses, a value that is not finite."""
         where = f"row {row}"
         if not isinstance(values, Mapping):
-            raise RowError(f"{where}: expected a dict from key to value, got {type(values).__name__}; main() returns "
-                           f"{{{', '.join(f'{k!r}: …' for k in self.spec.schema)}}}")
+            raise RowError(
+                f"{where}: expected a dict from key to value, got {type(values).__name__}; main() returns "
+                f"{{{', '.join(f'{k!r}: …' for k in self.spec.schema)}}}"
+            )
         for key in values:
             if key == COMPLETED:
                 raise RowError(f"{where}: {COMPLETED!r} is the store's own record; leave it out of what main() returns")
             if key not in self.spec.schema:
-                raise RowError(f"{where}: unknown key {key!r}{nearest(str(key), self.spec.schema)}; add it to the "
-                               f"schema, or leave it out")
+                raise RowError(
+                    f"{where}: unknown key {key!r}{nearest(str(key), self.spec.schema)}; add it to the "
+                    f"schema, or leave it out"
+                )
         missing = [k for k, field in self.spec.schema.items() if field.required and k not in values]
         if missing:
-            raise RowError(f"{where}: required key{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} "
-                           f"missing; got {', '.join(map(repr, values)) or 'nothing'}; return them, or say "
-                           f"\"required\": false in the schema")
+            raise RowError(
+                f"{where}: required key{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} "
+                f"missing; got {', '.join(map(repr, values)) or 'nothing'}; return them, or say "
+                f'"required": false in the schema'
+            )
         return {key: self.spec.schema[key].encode(value, where=where).tobytes() for key, value in values.items()}
 
     def audit(self, assignment: Assignment) -> dict[str, Any]:
-        """What the design itself says of a row, for the keys of the schema that have its names: the mask, and factors."""
+        """What the design itself says of a row, for the keys of the schema that have its names: mask and factors."""
         values: dict[str, Any] = {k: v for k, v in assignment.choices.items() if k in self.spec.schema}
         key = self.design.mask_key(assignment.row)
         if key is not None and assignment.mask is not None:
             values[key] = assignment.mask
         return values
 
-    def commit_many(self, rows: Sequence[int] | np.ndarray, arrays: Mapping[str, Any], *, replace: bool = False) -> None:
+    def commit_many(
+        self, rows: Sequence[int] | np.ndarray, arrays: Mapping[str, Any], *, replace: bool = False
+    ) -> None:
         """Commit rows, {key: values with leading axis len(rows)}; complete and durable when this returns.
 
         Everything is checked before any byte is written. Rows that this process has not claimed are claimed for the
@@ -318,8 +358,10 @@ class Store:
             raise RowError(f"rows: {_twice(numbers)} stands twice in one commit")
         for key, values in arrays.items():
             if not hasattr(values, "__len__") or len(values) != len(numbers):
-                raise RowError(f"{key!r}: expected a leading axis of {len(numbers)} rows, got "
-                               f"{len(values) if hasattr(values, '__len__') else type(values).__name__}")
+                raise RowError(
+                    f"{key!r}: expected a leading axis of {len(numbers)} rows, got "
+                    f"{len(values) if hasattr(values, '__len__') else type(values).__name__}"
+                )
         encoded = {}
         for position, row in enumerate(numbers):
             given = {key: values[position] for key, values in arrays.items()}
@@ -345,8 +387,10 @@ class Store:
                 complete = self.layout.completed(rows)
                 old = [row for row, flag in zip(rows, complete, strict=True) if flag]
                 if old and not replace:
-                    raise RowError(f"row {old[0]}: already complete; nothing is written (say replace=True, or "
-                                   f"--worker.do_if_complete, to replace it)")
+                    raise RowError(
+                        f"row {old[0]}: already complete; nothing is written (say replace=True, or "
+                        f"--worker.do_if_complete, to replace it)"
+                    )
                 infos = self._infos(rows)
                 for row in old:
                     commits.write_journal(self.layout, row, encoded[row], infos[row], self.run.id)
@@ -354,8 +398,14 @@ class Store:
                 fresh = [row for row, flag in zip(rows, complete, strict=True) if not flag]
                 for keys in sorted({tuple(encoded[row]) for row in fresh}):
                     batch = [row for row in fresh if tuple(encoded[row]) == keys]
-                    commits.commit(self.layout, batch, {key: [encoded[row][key] for row in batch] for key in keys},
-                                   [infos[row] for row in batch], self.run.id, guard)
+                    commits.commit(
+                        self.layout,
+                        batch,
+                        {key: [encoded[row][key] for row in batch] for key in keys},
+                        [infos[row] for row in batch],
+                        self.run.id,
+                        guard,
+                    )
         finally:
             for row in borrowed:
                 self.run.release(row, done=False)
@@ -394,13 +444,20 @@ class Store:
         if self.layout.completed([row])[0]:
             return  # the record belongs to the values that the row holds until they are replaced
         seed = self.design.assignment(row, with_mask=False).seed
-        record = commits.row_record(row, state=state, attempts=attempts, started=time.time(), finished=finished,
-                                    seed=seed, run=self.run.id)
+        record = commits.row_record(
+            row, state=state, attempts=attempts, started=time.time(), finished=finished, seed=seed, run=self.run.id
+        )
         self.layout.write(ROWS_FILE, [row], [record], lambda: None)
 
     @cached_property
     def required(self) -> tuple[str, ...]:
         return tuple(key for key, field in self.spec.schema.items() if field.required)
+
+
+def _close_unless_forked(run: Run, owner: int) -> None:
+    """A forked child must not close its parent's run."""
+    if os.getpid() == owner:
+        run.close()
 
 
 def _twice(numbers: list[int]) -> int:
@@ -409,7 +466,10 @@ def _twice(numbers: list[int]) -> int:
 
 def _files(spec: Spec) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
     """(name, dtype, row shape) of every array of a store."""
-    arrays = [(COMPLETED_FILE, np.dtype("?"), ()), (ROWS_FILE, ROW_RECORD, ())]
+    arrays: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = [
+        (COMPLETED_FILE, np.dtype("?"), ()),
+        (ROWS_FILE, ROW_RECORD, ()),
+    ]
     for key, field in spec.schema.items():
         arrays.append((commits.key_file(key), field.disk_dtype, field.disk_shape))
         arrays.append((commits.record_file(key), KEY_RECORD, ()))
@@ -419,8 +479,9 @@ def _files(spec: Spec) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
 def _head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """The `.npy` header; numpy leaves room in it for `num_models` to grow."""
     out = io.BytesIO()
-    np.lib.format.write_array_header_1_0(out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False,
-                                               "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
     return out.getvalue()
 
 
@@ -438,8 +499,10 @@ def _check_head(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: not a .npy file ({error}); restore it, or initialise a new store") from None
     if (found_shape, found_dtype, fortran) != (shape, dtype, False):
-        raise StoreError(f"{path}: expected shape {list(shape)}, dtype {dtype} in C order as spec.json says, got "
-                         f"{list(found_shape)}, {found_dtype}; one of the two was changed; restore it")
+        raise StoreError(
+            f"{path}: expected shape {list(shape)}, dtype {dtype} in C order as spec.json says, got "
+            f"{list(found_shape)}, {found_dtype}; one of the two was changed; restore it"
+        )
     expected = head + dtype.itemsize * int(np.prod(shape, dtype=object))
     if size < expected:
         raise StoreError(f"{path}: expected {expected:,} bytes, got {size:,}: the file was cut short; restore it")
@@ -455,14 +518,17 @@ def _refuse_existing(path: Path, spec: Spec) -> None:
         return  # an initialisation was interrupted: before spec.json there is no row to lose
     for name, _, _ in _files(spec):
         if (path / name).exists():
-            raise StoreError(f"{path / name}: exists, and there is no spec.json, so it is not ours to overwrite; choose "
-                             f"another logdir, or move it away")
+            raise StoreError(
+                f"{path / name}: exists, and there is no spec.json, so it is not ours to overwrite; choose "
+                f"another logdir, or move it away"
+            )
 
 
 @contextlib.contextmanager
 def _initialising(path: Path) -> Any:
     """Marks the folder while its files are made, and keeps a second initialisation out."""
     import fcntl
+
     fd = os.open(path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
@@ -472,7 +538,9 @@ def _initialising(path: Path) -> Any:
         except OSError:
             pass  # no locks on this file system; publishing spec.json still has one winner
         if (path / SPEC_FILE).exists():
-            raise StoreError(f"{path}: there is a store already, nothing is changed; choose another logdir, or remove it")
+            raise StoreError(
+                f"{path}: there is a store already, nothing is changed; choose another logdir, or remove it"
+            )
         yield
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path / MARKER)
