@@ -169,6 +169,7 @@ def test_a_damaged_idx_file_is_named(tmp_path, name, damage, says, suffix):
         lambda raw: raw[: len(raw) // 2],
         lambda raw: raw[:-8] + b"\0" * 8,  # its checksum and length
         lambda raw: raw[: len(raw) // 2] + b"\xff" * 20 + raw[len(raw) // 2 + 20 :],
+        lambda raw: raw[:10] + b"\xff" * 20 + raw[30:],  # after the header: no such kind of block
         lambda raw: b"<html>404</html>",
     ],
 )
