@@ -805,8 +805,9 @@ def _help(
     help_later: str | None,
     user: str,
 ) -> str:
-    lines = ["usage: " + _usage(prog, positional, passthrough), ""]
-    lines += _wrap(description)
+    usage = "usage: " + _usage(prog, positional, passthrough)
+    lines = textwrap.wrap(usage, _width(), subsequent_indent=" " * 7, break_on_hyphens=False)
+    lines += ["", *_wrap(description)]
     if positional:
         lines += ["", "arguments"]
         for name, text in positional:

@@ -205,6 +205,18 @@ def test_worker_and_pool_run_without_torch(no_torch, tmp_path):
         assert done.returncode == 0, (argv, done.stdout, done.stderr)
 
 
+@pytest.mark.parametrize(
+    "module", ["initialize_logdir", "worker", "pool", "store", "regression.compute_datamodels", "training.worker"]
+)
+def test_help_loads_nothing_heavy(no_torch, tmp_path, module):
+    for name in ("sklearn", "matplotlib", "yaml"):
+        (tmp_path / "blocked" / f"{name}.py").write_text("raise ImportError('blocked by this test')\n")
+    done = python("-W", "error", "-m", f"datamodels.{module}", "--help", env=no_torch)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python -m datamodels.")
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
 def test_importing_datamodels_is_quick():
     """Under 0.3 s: no numpy, no torch, nothing but the standard library."""
     code = "import sys; import datamodels; print(sorted({'numpy', 'torch', 'fastargs', 'scipy'} & set(sys.modules)))"
