@@ -60,9 +60,7 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "check_every": Option(
             int, "how often to check", ignored="every lambda is checked; see early_stopping.patience"
         ),
-        "eps": Option(
-            float, "tolerance of the inner loop", ignored="each fit ends at a duality gap; see cfg.tol"
-        ),
+        "eps": Option(float, "tolerance of the inner loop", ignored="each fit ends at a duality gap; see cfg.tol"),
     },
 }
 
@@ -216,9 +214,7 @@ def write_result(out_dir: Path, model: Datamodel, report: Mapping[str, Any]) -> 
             for name in ("weight", "bias", "lam", "gap", "kkt", "nnz", "r2_train", "r2_val")
         }
         if model.path is not None:
-            arrays |= {
-                f"regularization_path/{name}": getattr(model.path, name) for name in ("lam", "val_mse", "nnz")
-            }
+            arrays |= {f"regularization_path/{name}": getattr(model.path, name) for name in ("lam", "val_mse", "nnz")}
         for name, values in arrays.items():
             file = beside / f"{name}.npy"
             file.parent.mkdir(exist_ok=True)

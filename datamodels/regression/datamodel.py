@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -106,7 +107,9 @@ class Datamodel:
         import torch
 
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch's, about files that it is going to refuse
+                state = torch.load(path, map_location="cpu", weights_only=True)
             weight, bias, lam = (state[name].float().numpy() for name in ("weight", "bias", "lam"))
         except FileNotFoundError:
             raise RegressionError(f"{path}: no such file") from None

@@ -74,9 +74,7 @@ def origins(x: np.ndarray, y: np.ndarray, use_bias: bool) -> tuple[np.ndarray, n
     return x_origin, y.mean(axis=0, dtype=np.float64)
 
 
-def moments(
-    x: np.ndarray, y: np.ndarray, rows: np.ndarray, x_origin: np.ndarray, y_origin: np.ndarray
-) -> Moments:
+def moments(x: np.ndarray, y: np.ndarray, rows: np.ndarray, x_origin: np.ndarray, y_origin: np.ndarray) -> Moments:
     """Moments of x[rows], y[rows] about the origins; the products of bool columns are exact counts."""
     p, T = x.shape[1], y.shape[1]
     xx, xy, x_sum = np.zeros((p, p)), np.zeros((p, T)), np.zeros(p)

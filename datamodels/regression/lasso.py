@@ -49,13 +49,9 @@ class PathOptions:
         if self.k < 1:
             raise RegressionError(f"k={self.k}: at least one lambda is needed")
         if not 0 < self.eps < 1:
-            raise RegressionError(
-                f"eps={self.eps}: the smallest lambda over the largest, it must lie between 0 and 1"
-            )
+            raise RegressionError(f"eps={self.eps}: the smallest lambda over the largest, it must lie between 0 and 1")
         if self.patience < 1:
-            raise RegressionError(
-                f"patience={self.patience}: at least 1 lambda without a new minimum is needed"
-            )
+            raise RegressionError(f"patience={self.patience}: at least 1 lambda without a new minimum is needed")
         if not 0 < self.tol < 1:
             raise RegressionError(f"tol={self.tol}: a relative duality gap between 0 and 1 is needed")
 
@@ -219,9 +215,7 @@ def certify(
     return gap, kkt
 
 
-def _warn(
-    problem: Problem, options: PathOptions, found: Solution, train: Gram, full: Gram, gap: np.ndarray
-) -> None:
+def _warn(problem: Problem, options: PathOptions, found: Solution, train: Gram, full: Gram, gap: np.ndarray) -> None:
     def tell(which: np.ndarray, text: str, names: Sequence[str] = problem.targets) -> None:
         if which.any():
             warnings.warn(

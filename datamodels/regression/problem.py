@@ -51,9 +51,7 @@ class Problem:
         if x.shape[1] == 0 or y.shape[1] == 0:
             raise RegressionError(f"nothing to fit: {x.shape[1]} columns and {y.shape[1]} targets")
         if x.dtype.kind not in "biuf":
-            raise RegressionError(
-                f"columns must be bool or real numbers, got dtype {x.dtype}; encode them as numbers"
-            )
+            raise RegressionError(f"columns must be bool or real numbers, got dtype {x.dtype}; encode them as numbers")
         if y.dtype.kind not in "biuf":
             raise RegressionError(f"outcomes must be real numbers, got dtype {y.dtype}")
         for what, names, width in (
@@ -124,9 +122,7 @@ def make_problem(
     )
 
 
-def count_rows(
-    available: int, num_train: int | None, num_val: int | None, where: str = "the data"
-) -> tuple[int, int]:
+def count_rows(available: int, num_train: int | None, num_val: int | None, where: str = "the data") -> tuple[int, int]:
     """How many rows take part and how many of them validate; RegressionError if there are too few."""
     for name, value in (("num_train", num_train), ("num_val", num_val)):
         if value is not None and value < 1:
@@ -189,9 +185,7 @@ def problem_from_store(
     where = f"the store {store.path}"
     for name, what in ((x_name, "x_name"), (y_name, "y_name")):
         if name not in store.spec.schema:
-            raise RegressionError(
-                f"{where} has no key {name!r} (data.{what}); it has {', '.join(store.spec.schema)}"
-            )
+            raise RegressionError(f"{where} has no key {name!r} (data.{what}); it has {', '.join(store.spec.schema)}")
         if len(store.spec.schema[name].shape) > 1:
             raise RegressionError(
                 f"key {name!r} (data.{what}) has shape {store.spec.schema[name].shape} per row; the "

@@ -25,9 +25,7 @@ def solve(
     T = len(train.power)
     solution = Solution.empty(len(train.sd), T, options.k)
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Objective did not converge"
-        )  # the certificate says it, by name
+        warnings.filterwarnings("ignore", message="Objective did not converge")  # the certificate says it, by name
         with ThreadPoolExecutor(workers) as pool:
             tasks = [pool.submit(_solve_target, t, train, val, full, options, solution) for t in range(T)]
             try:
@@ -42,9 +40,7 @@ def solve(
 
 def _solve_target(t: int, train: Gram, val: Gram, full: Gram, options: PathOptions, into: Solution) -> None:
     lam_max = np.abs(train.xy[t]).max()
-    if (
-        train.constant[t] or lam_max == 0
-    ):  # nothing to select: weight 0 is the solution at the lambda_max of all rows
+    if train.constant[t] or lam_max == 0:  # nothing to select: weight 0 is the solution at the lambda_max of all rows
         into.lam[t] = 0.0 if full.constant[t] else _float32_at_least(np.abs(full.xy[t]).max())
         return
     grid = options.grid(lam_max)
@@ -100,9 +96,7 @@ def _mean_squares(gram: Gram, t: int, weights: np.ndarray) -> np.ndarray:
     """Mean squared residual of each column of weights (p, m), from the Gram matrix alone."""
     used = np.flatnonzero(weights.any(axis=1))
     w = weights[used]
-    return (
-        gram.power[t] - 2 * gram.xy[t, used] @ w + np.einsum("jm,jm->m", w, gram.gram[np.ix_(used, used)] @ w)
-    )
+    return gram.power[t] - 2 * gram.xy[t, used] @ w + np.einsum("jm,jm->m", w, gram.gram[np.ix_(used, used)] @ w)
 
 
 def _float32_at_least(value: float) -> np.float32:

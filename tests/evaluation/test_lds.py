@@ -1,0 +1,223 @@
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from datamodels.errors import RegressionError
+from datamodels.evaluation import lds, lds_of_store
+from datamodels.evaluation.lds import _ceilings, _rank_correlations
+
+
+def simulate(masks=40, repeats=3, targets=7, seed=0, noise=1.0, decimals=None):
+    rng = np.random.default_rng(seed)
+    predicted = rng.standard_normal((masks, targets))
+    truth = 0.8 * predicted + 0.6 * rng.standard_normal((masks, targets))
+    outcomes = truth[:, None] + noise * rng.standard_normal((masks, repeats, targets))
+    if decimals is not None:
+        predicted, outcomes = predicted.round(decimals), outcomes.round(decimals)
+    return predicted, truth, outcomes
+
+
+def score(predicted, outcomes, **options):
+    masks, repeats, targets = outcomes.shape
+    return lds(
+        np.repeat(predicted, repeats, axis=0),
+        outcomes.reshape(-1, targets),
+        np.repeat(np.arange(masks), repeats),
+        **({"draws": 50} | options),
+    )
+
+
+@pytest.mark.parametrize("decimals", [None, 0])
+def test_value_is_the_mean_of_scipy_spearman(decimals):
+    predicted, _, outcomes = simulate(decimals=decimals)
+    got = score(predicted, outcomes)
+    expected = [spearmanr(predicted[:, t], outcomes.mean(axis=1)[:, t]).statistic for t in range(7)]
+    np.testing.assert_allclose(got.per_target, expected, rtol=1e-6)
+    np.testing.assert_allclose(got.value, np.mean(expected), rtol=1e-6)
+    assert (got.num_masks, got.num_targets, got.repeats) == (40, 7, (3, 3))
+
+
+@pytest.mark.parametrize("decimals", [None, 0])
+def test_every_draw_is_ranked_anew(decimals):
+    predicted, _, outcomes = simulate(decimals=decimals)
+    observed = outcomes.mean(axis=1)
+    counts = np.random.default_rng(3).multinomial(40, np.full(40, 1 / 40), size=20)
+    got = _rank_correlations(predicted, observed, counts.T.astype(np.float32))
+    for draw, count in enumerate(counts):
+        drawn = np.repeat(np.arange(40), count)
+        expected = [spearmanr(predicted[drawn, t], observed[drawn, t]).statistic for t in range(7)]
+        np.testing.assert_allclose(got[:, draw], expected, rtol=1e-6)
+
+
+def test_order_of_rows_and_names_of_masks_do_not_matter():
+    predicted, _, outcomes = simulate()
+    one = score(predicted, outcomes)
+    order = np.random.default_rng(0).permutation(120)
+    ids = np.repeat(np.arange(40) * 7 + 1000, 3)
+    other = lds(np.repeat(predicted, 3, axis=0)[order], outcomes.reshape(-1, 7)[order], ids[order], draws=50)
+    assert other.value == pytest.approx(one.value, abs=1e-6)
+    assert (other.low, other.high) == pytest.approx((one.low, one.high), abs=1e-6)
+
+
+def test_interval_is_the_bootstrap_of_masks_and_targets():
+    """The same quantity by repeating rows and columns, with draws of its own: equal to sampling error."""
+    predicted, _, outcomes = simulate(targets=5)
+    got = score(predicted, outcomes, draws=4000)
+    rng, observed, values = np.random.default_rng(9), outcomes.mean(axis=1), []
+    for _ in range(1500):
+        masks, targets = rng.integers(0, 40, 40), rng.integers(0, 5, 5)
+        values.append(np.mean([spearmanr(predicted[masks, t], observed[masks, t]).statistic for t in targets]))
+    low, high = np.quantile(values, [0.025, 0.975])
+    assert (got.low, got.high) == pytest.approx((low, high), abs=0.02)
+    assert got.low < got.value < got.high
+
+
+def test_interval_covers():
+    """Of 95 % intervals on data whose true score is 6/π·arcsin(r/2), between 88 and 100 % must hold it."""
+    r, held, trials = 0.7, 0, 100
+    truth = 6 / np.pi * np.arcsin(r / 2)
+    for seed in range(trials):
+        rng = np.random.default_rng(seed)
+        shared = rng.standard_normal((2, 60, 1))  # masks that are easy or hard for all targets
+        own = rng.standard_normal((2, 60, 8))
+        predicted, rest = np.sqrt(0.5) * shared + np.sqrt(0.5) * own
+        got = lds(predicted, r * predicted + np.sqrt(1 - r**2) * rest, np.arange(60), draws=200, seed=seed)
+        held += got.low <= truth <= got.high
+    assert 88 <= held <= 100
+
+
+@pytest.mark.parametrize(("noise", "repeats"), [(0.5, 2), (1.0, 5), (2.0, 5), (1.0, 20)])
+def test_ceiling_is_what_the_noise_free_outcome_scores(noise, repeats):
+    _, truth, outcomes = simulate(masks=400, repeats=repeats, targets=30, noise=noise)
+    got = score(truth, outcomes, draws=200)
+    closed_form = 6 / np.pi * np.arcsin(np.sqrt(1 / (1 + noise**2 / repeats)) / 2)
+    assert got.ceiling == pytest.approx(closed_form, abs=0.01)
+    assert got.value == pytest.approx(got.ceiling, abs=0.01)
+    assert got.ceiling_low < got.ceiling < got.ceiling_high
+    assert got.ceiling_high - got.ceiling_low < 0.05
+
+
+def test_ceiling_with_unequal_repeats():
+    rng = np.random.default_rng(5)
+    runs = rng.integers(1, 8, 600)
+    truth = rng.standard_normal((600, 30))
+    ids = np.repeat(np.arange(600), runs)
+    outcomes = truth[ids] + 1.5 * rng.standard_normal((len(ids), 30))
+    got = lds(truth[ids], outcomes, ids, draws=50)
+    reliability = 1 / (1 + 1.5**2 * np.mean(1 / runs))
+    assert got.ceiling == pytest.approx(6 / np.pi * np.arcsin(np.sqrt(reliability) / 2), abs=0.015)
+    assert got.repeats == (1, 7)
+
+
+def test_ceiling_reliability_is_the_intraclass_correlation():
+    """Shrout and Fleiss 1979, table 2: six persons, four judges; ICC(1,4) = .44 (table 4)."""
+    ratings = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]], float)
+    mean = ratings.mean(axis=1)
+    within = ((ratings - mean[:, None]) ** 2).sum(axis=1)
+    got = _ceilings(mean[:, None], within[:, None], np.full(6, 4), np.ones((1, 6)))[0, 0]
+    reliability = (2 * np.sin(got * np.pi / 6)) ** 2
+    assert round(reliability, 2) == 0.44
+
+
+def test_pure_noise_has_ceiling_zero_or_near():
+    rng = np.random.default_rng(0)
+    got = score(rng.standard_normal((200, 20)), rng.standard_normal((200, 5, 20)))
+    assert got.ceiling < 0.25
+    assert got.low < 0 < got.high
+
+
+def test_exact_repeats_have_ceiling_one():
+    predicted, _, outcomes = simulate(noise=0.0)
+    assert score(predicted, outcomes).ceiling == pytest.approx(1)
+
+
+def test_no_repeats_no_ceiling():
+    predicted, _, outcomes = simulate(repeats=1)
+    got = score(predicted, outcomes)
+    assert np.isnan(got.ceiling)
+    assert np.isnan(got.ceiling_low)
+    assert np.isfinite([got.value, got.low, got.high]).all()
+    assert "ceiling" not in str(got)
+
+
+def test_constant_targets_are_left_out_and_constant_predictions_count_as_zero():
+    predicted, _, outcomes = simulate()
+    outcomes[:, :, 2] = 0.1
+    predicted[:, 4] = 0.3
+    got = score(predicted, outcomes)
+    assert got.constant == (2,)
+    assert np.isnan(got.per_target[2])
+    assert got.per_target[4] == 0
+    assert got.value == pytest.approx(np.delete(got.per_target, 2).mean())
+    assert "1 constant targets left out" in str(got)
+    assert np.isfinite([got.low, got.high, got.ceiling]).all()
+
+
+def test_same_seed_same_interval():
+    predicted, _, outcomes = simulate()
+    a, b, c = (score(predicted, outcomes, seed=seed) for seed in (0, 0, 1))
+    assert (a.low, a.high) == (b.low, b.high) != (c.low, c.high)
+
+
+def test_bad_input():
+    predicted, _, outcomes = simulate(masks=5, repeats=2, targets=2)
+    rows, ids = outcomes.reshape(10, 2), np.repeat(np.arange(5), 2)
+    p = np.repeat(predicted, 2, axis=0)
+    holed = rows.copy()
+    holed[3, 1] = np.nan
+    for args, message in (
+        ((p[:9], rows, ids), r"got \(9, 2\), \(10, 2\) and \(10,\)"),
+        ((p, rows, ids[:9]), r"\(9,\)"),
+        ((p, holed, ids), "row 3, target 1: the outcome is not finite"),
+        ((holed, rows, ids), "row 3, target 1: the prediction is not finite"),
+        ((p, rows, np.zeros(10, int)), "1 evaluation masks"),
+        ((p, rows, ids - 1), r"no mask id \(-1\)"),
+        ((p, np.ones_like(rows), ids), "all 2 targets are constant"),
+    ):
+        with pytest.raises(RegressionError, match=message):
+            lds(*args)
+    with pytest.raises(RegressionError, match="draws=0"):
+        lds(p, rows, ids, draws=0)
+
+
+def test_score_of_a_store(tmp_path):
+    from datamodels.regression import Datamodel
+    from datamodels.store import Store
+
+    design = [
+        {"role": "train", "count": 6, "seed": 1, "sampler": "bernoulli", "alpha": 0.5},
+        {"role": "eval", "masks": 12, "repeats": 3, "seed": 2},
+    ]
+    schema = {"masks": {"shape": [9], "dtype": "bits"}, "margins": {"shape": [4], "dtype": "float32"}}
+    store = Store.create(tmp_path / "s", {"schema": schema, "design": design}, sync=False)
+    rng = np.random.default_rng(0)
+    masks = np.stack([store.design.assignment(row).mask for row in range(42)])
+    margins = rng.standard_normal((42, 4)).astype("f4")
+    nothing = np.zeros(3)
+    model = Datamodel(
+        weight=rng.standard_normal((9, 3)).astype("f4"),
+        bias=nothing,
+        lam=nothing,
+        gap=nothing,
+        kkt=nothing,
+        nnz=nothing,
+        r2_train=nothing,
+        r2_val=nothing,
+        ended=("",) * 3,
+        columns=("x",) * 9,
+        targets=("y",) * 3,
+    )
+    with pytest.raises(RegressionError, match="no complete evaluation rows"):
+        lds_of_store(model, store)
+    done = [row for row in range(42) if row != 20]
+    store.commit_many(done, {"masks": masks[done], "margins": margins[done]})
+    got = lds_of_store(model, store, target_start=1, draws=10)
+
+    expected = []
+    blocks = [[row for row in range(6 + 3 * m, 9 + 3 * m) if row != 20] for m in range(12)]
+    for t in range(3):
+        outcome = [margins[block, t + 1].mean() for block in blocks]
+        prediction = [masks[block[0]] @ model.weight[:, t] for block in blocks]
+        expected.append(spearmanr(prediction, outcome).statistic)
+    np.testing.assert_allclose(got.per_target, expected, rtol=1e-6)
+    assert got.repeats == (2, 3)
