@@ -7,9 +7,11 @@ out by hand, no autograd. Any other module goes through `torch.func.vmap`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional
 
 from datamodels.errors import DatamodelsError
-from datamodels.learning.loop import POSITION_BITS, Recipe, check_data, check_finite, check_masks, sort_keys
+from datamodels.learning.loop import POSITION_BITS, Recipe, check_data, check_finite, check_masks
 from datamodels.learning.models import MLP, ORDER, Architecture, words
 from datamodels.learning.outputs import check_labels
 
@@ -72,15 +74,22 @@ def train(
     members = check_masks(masks, len(inputs))
     seeds = [int(seed) for seed in seeds]
     if len(seeds) != len(members) or not members:
-        raise DatamodelsError(f"ensemble: expected one seed per mask and at least one, got {len(seeds)} seeds for masks {masks.shape}")
-    path = _mlp if isinstance(architecture, MLP) else _vmapped
+        raise DatamodelsError(
+            f"ensemble: expected one seed per mask and at least one, got {len(seeds)} seeds for masks {masks.shape}"
+        )
     if at_once is None:
         at_once = _at_once(architecture, inputs, recipe)
-    parts = [
-        path(architecture, inputs, labels, members[k : k + at_once], seeds[k : k + at_once], recipe, max_batches)
-        for k in range(0, len(members), at_once)
-    ]
-    parameters = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    by_size = np.argsort([-len(kept) for kept in members], kind="stable")
+    parts = []
+    for start in range(0, len(by_size), at_once):
+        group = by_size[start : start + at_once]
+        chosen = [members[k] for k in group], [seeds[k] for k in group]
+        if isinstance(architecture, MLP):
+            parts.append(_mlp(architecture, inputs, labels, *chosen, recipe, max_batches))
+        else:
+            parts.append(_vmapped(architecture, inputs, labels, *chosen, recipe, max_batches))
+    back = torch.from_numpy(np.argsort(by_size))
+    parameters = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
     finite = torch.stack([torch.isfinite(p.flatten(1)).all(1) for p in parameters.values()]).all(0)
     check_finite(seeds, finite.tolist(), recipe)
     return Ensemble(architecture, parameters)
@@ -94,20 +103,26 @@ def _at_once(architecture: Architecture, inputs: torch.Tensor, recipe: Recipe) -
     return max(1, min(256, WORKING_SET_BYTES // (floats * inputs.element_size())))
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One update of the first `models` models: which examples each sees, and what an example's gradient weighs.
+class _Step(NamedTuple):
+    """One update of the first `models` models.
 
-    `examples` (models, m), int64; `weights` (models, m), 1/batch for a real entry and 0 for padding; `rates` (models,).
+    `examples` and `labels` (models, m), int64; `weights` (models, m), what each example's gradient counts: 1/batch,
+    or 0 for padding; `rates` (models,), the learning rates.
     """
 
     examples: torch.Tensor
+    labels: torch.Tensor
     weights: torch.Tensor
     rates: torch.Tensor
 
 
 def _steps(
-    members: Sequence[np.ndarray], seeds: Sequence[int], recipe: Recipe, limit: int | None, dtype: torch.dtype
+    members: Sequence[np.ndarray],
+    seeds: Sequence[int],
+    labels: torch.Tensor,
+    recipe: Recipe,
+    limit: int | None,
+    dtype: torch.dtype,
 ) -> Iterator[_Step]:
     """Every update of models that are sorted by falling number of examples.
 
@@ -118,51 +133,74 @@ def _steps(
     sizes = np.array([len(kept) for kept in members])
     longest, batch = int(sizes[0]), recipe.batch_size
     num_steps = -(-longest // batch)
-    padded = np.zeros((len(members), longest), np.int64)
-    for row, kept in zip(padded, members, strict=True):
-        row[: len(kept)] = kept
-    flat = padded.ravel()
-    offsets = (np.arange(len(members)) * longest)[:, None]
-    low = np.uint64(2**POSITION_BITS - 1)
-    keys = np.empty(padded.shape, np.uint64)
-    positions = np.arange(longest, dtype=np.uint64)
-    padding = positions | ~low  # sorts after every real key of the row
-    orders = [words(seed, ORDER) for seed in seeds]
-    plan = []  # per step of an epoch: models taking part, widest batch among them, weights
+    kept_examples = torch.zeros(len(members), longest, dtype=torch.int64)
+    rates = np.zeros((len(members), recipe.epochs, num_steps))
+    for model, kept in enumerate(members):
+        kept_examples[model, : len(kept)] = torch.from_numpy(kept)
+        each = recipe.rates(len(kept))
+        each[limit if limit is not None else len(each) :] = 0
+        rates[model, :, : -(-len(kept) // batch)] = each.reshape(recipe.epochs, -1)
+    live = rates.any(0)
+    rates_at = torch.from_numpy(np.ascontiguousarray(rates.transpose(1, 2, 0))).to(dtype)
+
+    plan = []  # per step of an epoch: how many models take part, the widest batch among them, the weights
     for step in range(num_steps):
         left = np.minimum(sizes - step * batch, batch)
-        active = int((left > 0).sum())
-        wide = int(left[0])
+        active, wide = int((left > 0).sum()), int(left[0])
         weights = (np.arange(wide) < left[:active, None]) / left[:active, None]
-        plan.append((active, wide, torch.from_numpy(weights).to(dtype)))
-    per_epoch = -(-sizes // batch)
-    rates = np.zeros((len(sizes), recipe.epochs, num_steps))
-    for row, size, steps in zip(rates, sizes, per_epoch, strict=True):
-        each = recipe.rates(int(size))
-        if limit is not None:
-            each[limit:] = 0
-        row[:, :steps] = each.reshape(recipe.epochs, steps)
+        plan.append((active, slice(step * batch, step * batch + wide), torch.from_numpy(weights).to(dtype)))
+
+    low = np.uint64(2**POSITION_BITS - 1)
+    positions = np.arange(longest, dtype=np.uint64)
+    padding = np.arange(longest) >= sizes[:, None]
+    orders = [words(seed, ORDER) for seed in seeds]
+    keys = np.zeros(kept_examples.shape, np.uint64)
     for epoch in range(recipe.epochs):
-        if not rates[:, epoch].any():
+        if not live[epoch].any():
             return
-        for row, order, size in zip(keys, orders, sizes, strict=True):
-            row[:size] = order.random_raw(int(size))
+        for row, order, size in zip(keys, orders, sizes.tolist(), strict=True):
+            row[:size] = order.random_raw(size)
+        keys[padding] = ~np.uint64(0)  # sorts after every real key of the row, as its position is larger
         keys &= ~low
         keys |= positions
-        for row, size in zip(keys, sizes, strict=True):
-            row[size:] = padding[size:]
         keys.sort(axis=1)
-        examples = flat[(keys & low).astype(np.int64) + offsets]
-        for step, (active, wide, weights) in enumerate(plan):
-            if not rates[:active, epoch, step].any():
+        keys &= low
+        examples = torch.gather(kept_examples, 1, torch.from_numpy(keys.view(np.int64)))
+        labelled = labels.index_select(0, examples.flatten()).view_as(examples)
+        for step, (active, columns, weights) in enumerate(plan):
+            if not live[epoch, step]:
                 break
-            chosen = np.ascontiguousarray(examples[:active, step * batch : step * batch + wide])
-            yield _Step(torch.from_numpy(chosen), weights, torch.from_numpy(rates[:active, epoch, step]).to(dtype))
+            yield _Step(
+                examples[:active, columns], labelled[:active, columns], weights, rates_at[epoch, step, :active]
+            )
+
+
+class _Layer(NamedTuple):
+    """What one layer of the first `active` models reads and writes in an update of `wide` examples each.
+
+    All are views. out = bias + left @ right; weight gradient = slope_left @ slope_right; bias gradient = delta
+    summed over `axis`; what flows back = back_left @ back_right, into `below_delta`.
+    """
+
+    bias_wide: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    out: torch.Tensor
+    delta: torch.Tensor
+    axis: int
+    slopes: tuple[torch.Tensor, torch.Tensor]
+    back: tuple[torch.Tensor, torch.Tensor]
+    below: torch.Tensor
+    below_delta: torch.Tensor | None
+    weight: torch.Tensor
+    bias: torch.Tensor
+    weight_velocity: torch.Tensor
+    bias_velocity: torch.Tensor
 
 
 @torch.no_grad()
 def _mlp(
-    architecture: Architecture,
+    architecture: MLP,
     inputs: torch.Tensor,
     labels: torch.Tensor,
     members: Sequence[np.ndarray],
@@ -170,103 +208,109 @@ def _mlp(
     recipe: Recipe,
     max_batches: int | None,
 ) -> dict[str, torch.Tensor]:
-    """Train MLPs by hand-written gradients, with softmax's derivative p − target weighed by 1/batch at the top.
+    """Train MLPs by hand-written gradients; at the top these are (softmax − target) / batch.
 
     Weights lie as (K, in, out), but the last layer's as (K, classes, in) with logits (K, classes, m): torch's
-    softmax over a last axis of ten is fifteen times slower than over a middle one, and torch's batched products
-    fall back to one call per matrix unless the result is contiguous, which rules out slices of one buffer.
+    softmax over a last axis of ten is fifteen times slower than over a middle one. And torch's batched products
+    run one call per matrix unless the result is contiguous, so no two of these tensors share a row.
     """
-    assert isinstance(architecture, MLP)
-    dtype, batch, classes = inputs.dtype, recipe.batch_size, architecture.sizes[-1]
-    count, depth = len(members), len(architecture.layers)
-    table = inputs.flatten(1)
-    if table.shape[1] != architecture.sizes[0]:
+    dtype, batch, sizes = inputs.dtype, recipe.batch_size, architecture.sizes
+    table = inputs.flatten(1).contiguous()
+    if table.shape[1] != sizes[0]:
         raise DatamodelsError(
-            f"ensemble: expected inputs of {architecture.sizes[0]} numbers each, as the MLP's first size says; "
+            f"ensemble: expected inputs of {sizes[0]} numbers each, as the MLP's first size says; "
             f"got shape {tuple(inputs.shape)}"
         )
-    check_labels(labels, classes, "train")
-    by_size = np.argsort([-len(kept) for kept in members], kind="stable")
-    initial = torch.from_numpy(np.stack([architecture.initial(seeds[k]) for k in by_size])).to(dtype)
-    matrices, biases, at = [], [], 0
-    for layer, (fan_in, fan_out) in enumerate(architecture.layers):
-        matrix = initial[:, at : at + fan_in * fan_out].reshape(count, fan_out, fan_in)
-        matrices.append(matrix.contiguous() if layer == depth - 1 else matrix.transpose(1, 2).contiguous())
-        at += fan_in * fan_out
-        biases.append(initial[:, at : at + fan_out].reshape(count, 1, fan_out).contiguous())
-        at += fan_out
-    biases[-1] = biases[-1].transpose(1, 2).contiguous()
-    parameters = matrices + biases
-    velocities = [torch.zeros_like(p) for p in parameters]
+    check_labels(labels, sizes[-1], "train")
+    count, depth = len(members), len(sizes) - 1
+    top = depth - 1
+    weights, biases = [], []
+    for layer, (weight, bias) in enumerate(architecture.initials(seeds)):
+        weights.append((weight if layer == top else weight.transpose(1, 2)).to(dtype).contiguous())
+        biases.append(bias.unsqueeze(2 if layer == top else 1).to(dtype).contiguous())
+    weight_velocities, bias_velocities = ([torch.zeros_like(p) for p in bank] for bank in (weights, biases))
+    outs, deltas = ([torch.empty(count * batch * size, dtype=dtype) for size in sizes] for _ in range(2))
     momentum, decay, smooth = recipe.momentum, recipe.weight_decay, recipe.label_smoothing
+    hit = torch.full((1, 1, 1), smooth - 1, dtype=dtype)
 
-    x_store = torch.empty(count * batch * table.shape[1], dtype=dtype)
-    h_stores = [[torch.empty(count * batch * size, dtype=dtype) for size in architecture.sizes[1:]] for _ in "hd"]
+    @functools.cache
+    def layers(active: int, wide: int) -> tuple[torch.Tensor, list[_Layer]]:
+        def shaped(store: torch.Tensor, *shape: int) -> torch.Tensor:
+            return store[: math.prod(shape)].view(shape)
 
-    def shaped(store: torch.Tensor, *shape: int) -> torch.Tensor:
-        return store[: math.prod(shape)].view(shape)
+        flat = shaped(outs[0], active * wide, sizes[0])
+        below, below_delta = flat.view(active, wide, sizes[0]), None
+        result = []
+        for layer in range(depth):
+            weight, bias = weights[layer][:active], biases[layer][:active]
+            size = sizes[layer + 1]
+            shape = (active, size, wide) if layer == top else (active, wide, size)
+            out, delta = shaped(outs[layer + 1], *shape), shaped(deltas[layer + 1], *shape)
+            weight_t, below_t, delta_t = (t.transpose(1, 2) for t in (weight, below, delta))
+            result.append(
+                _Layer(
+                    bias_wide=bias.expand_as(out),
+                    left=weight if layer == top else below,
+                    right=below_t if layer == top else weight,
+                    out=out,
+                    delta=delta,
+                    axis=2 if layer == top else 1,
+                    slopes=(delta, below) if layer == top else (below_t, delta),
+                    back=(delta_t, weight) if layer == top else (delta, weight_t),
+                    below=below,
+                    below_delta=below_delta,
+                    weight=weight,
+                    bias=bias,
+                    weight_velocity=weight_velocities[layer][:active],
+                    bias_velocity=bias_velocities[layer][:active],
+                )
+            )
+            below, below_delta = out, delta
+        return flat, result
 
-    for step in _steps([members[k] for k in by_size], [seeds[k] for k in by_size], recipe, max_batches, dtype):
+    for step in _steps(members, seeds, labels, recipe, max_batches, dtype):
         active, wide = step.examples.shape
-        x = shaped(x_store, active * wide, table.shape[1])
-        torch.index_select(table, 0, step.examples.view(-1), out=x)
-        layers_in = [x.view(active, wide, -1)]
-        for layer in range(depth - 1):
-            h = shaped(h_stores[0][layer], active, wide, architecture.sizes[layer + 1])
-            bias = biases[layer][:active].expand_as(h)
-            torch.baddbmm(bias, layers_in[-1], matrices[layer][:active], out=h)
-            layers_in.append(h.relu_())
-        z = shaped(h_stores[0][-1], active, classes, wide)
-        bias = biases[-1][:active].expand_as(z)
-        torch.baddbmm(bias, matrices[-1][:active], layers_in[-1].transpose(1, 2), out=z)
-        delta = torch.softmax(z, 1, out=shaped(h_stores[1][-1], active, classes, wide))
-        target = labels[step.examples].unsqueeze(1)
-        delta.scatter_add_(1, target, torch.full((1, 1, 1), smooth - 1, dtype=dtype).expand_as(target))
+        x, stack = layers(active, wide)
+        torch.index_select(table, 0, step.examples.flatten(), out=x)
+        for layer in stack:
+            torch.baddbmm(layer.bias_wide, layer.left, layer.right, out=layer.out)
+            if layer is not stack[-1]:
+                layer.out.relu_()
+        delta, target = stack[-1].delta, step.labels.unsqueeze(1)
+        torch.softmax(stack[-1].out, 1, out=delta)
+        delta.scatter_add_(1, target, hit.expand_as(target))
         if smooth:
-            delta.sub_(smooth / classes)
+            delta.sub_(smooth / sizes[-1])
         delta.mul_(step.weights.unsqueeze(1))
-
         rate = step.rates.neg().view(active, 1, 1)
-        for layer in reversed(range(depth)):
-            last = layer == depth - 1
-            below = layers_in[layer]
-            pair = (delta, below) if last else (below.transpose(1, 2), delta)
-            slope = delta.sum(2 if last else 1, keepdim=True)
-            if layer > 0:
-                back = shaped(h_stores[1][layer - 1], active, wide, architecture.sizes[layer])
-                weight = matrices[layer][:active]
-                if last:
-                    torch.bmm(delta.transpose(1, 2), weight, out=back)
-                else:
-                    torch.bmm(delta, weight.transpose(1, 2), out=back)
-                torch.ops.aten.threshold_backward.grad_input(back, below, 0, grad_input=back)
-            for kind, bank in ((0, matrices), (1, biases)):
-                p = bank[layer][:active]
-                v = velocities[kind * depth + layer][:active]
-                if recipe.nesterov:
-                    g = torch.bmm(*pair) if kind == 0 else slope
-                    if decay:
-                        g.add_(p, alpha=decay)
+        for layer in reversed(stack):
+            if layer.below_delta is not None:
+                torch.bmm(*layer.back, out=layer.below_delta)
+                # relu's derivative: 0 wherever the layer below gave 0
+                torch.ops.aten.threshold_backward.grad_input(
+                    layer.below_delta, layer.below, 0, grad_input=layer.below_delta
+                )
+            bias_slope = layer.delta.sum(layer.axis, keepdim=True)
+            if recipe.nesterov:
+                weight_slope = torch.bmm(*layer.slopes)
+                for p, v, g in (
+                    (layer.weight, layer.weight_velocity, weight_slope),
+                    (layer.bias, layer.bias_velocity, bias_slope),
+                ):
+                    g.add_(p, alpha=decay)
                     v.mul_(momentum).add_(g)
                     p.addcmul_(g, rate).addcmul_(v, rate, value=momentum)
-                else:
-                    if kind == 0:
-                        v.baddbmm_(*pair, beta=momentum)
-                    else:
-                        v.mul_(momentum).add_(slope)
+            else:
+                layer.weight_velocity.baddbmm_(*layer.slopes, beta=momentum)
+                layer.bias_velocity.mul_(momentum).add_(bias_slope)
+                for p, v in ((layer.weight, layer.weight_velocity), (layer.bias, layer.bias_velocity)):
                     if decay:
                         v.add_(p, alpha=decay)
                     p.addcmul_(v, rate)
-            if layer > 0:
-                delta = back
 
-    restore = torch.from_numpy(np.argsort(by_size))
-    result = {}
-    for layer in range(depth):
-        last = layer == depth - 1
-        result[f"{2 * layer}.weight"] = (matrices[layer] if last else matrices[layer].transpose(1, 2))[restore]
-        result[f"{2 * layer}.bias"] = biases[layer].flatten(1)[restore]
-    return result
+    names = architecture.parameter_names
+    weights[:top] = [weight.transpose(1, 2) for weight in weights[:top]]
+    return dict(zip(names, [p for w, b in zip(weights, biases, strict=True) for p in (w, b.flatten(1))], strict=True))
 
 
 def _vmapped(
@@ -279,8 +323,7 @@ def _vmapped(
     max_batches: int | None,
 ) -> dict[str, torch.Tensor]:
     """Train any module whose forward pass treats examples one by one and draws no random numbers."""
-    by_size = np.argsort([-len(kept) for kept in members], kind="stable")
-    modules = [architecture(seeds[k]).to(inputs.dtype).train() for k in by_size]
+    modules = [architecture(seed).to(inputs.dtype).train() for seed in seeds]
     _check_separable(modules[0])
     parameters, _ = stack_module_state(modules)
     parameters = {name: values.detach() for name, values in parameters.items()}
@@ -291,15 +334,12 @@ def _vmapped(
         return functional.cross_entropy(logits, y, reduction="none", label_smoothing=recipe.label_smoothing) @ weights
 
     gradients = vmap(grad(weighed_loss))
-    checked = False
-    for step in _steps([members[k] for k in by_size], [seeds[k] for k in by_size], recipe, max_batches, inputs.dtype):
+    with torch.no_grad():
+        check_labels(labels, modules[0](inputs[:1]).shape[-1], "train")
+    for step in _steps(members, seeds, labels, recipe, max_batches, inputs.dtype):
         active = len(step.examples)
-        if not checked:
-            with torch.no_grad():
-                check_labels(labels, modules[0](inputs[:1]).shape[-1], "train")
-            checked = True
         now = {name: values[:active] for name, values in parameters.items()}
-        slopes = gradients(now, inputs[step.examples], labels[step.examples], step.weights)
+        slopes = gradients(now, inputs[step.examples], step.labels, step.weights)
         for name, p in now.items():
             g, v = slopes[name], velocities[name][:active]
             rate = step.rates.neg().view(active, *[1] * (p.ndim - 1))
@@ -310,8 +350,7 @@ def _vmapped(
                 p.addcmul_(g, rate).addcmul_(v, rate, value=recipe.momentum)
             else:
                 p.addcmul_(v, rate)
-    restore = torch.from_numpy(np.argsort(by_size))
-    return {name: values[restore] for name, values in parameters.items()}
+    return parameters
 
 
 def _check_separable(module: nn.Module) -> None:

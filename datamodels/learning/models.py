@@ -5,7 +5,7 @@ An architecture is called with a seed and gives a fresh `torch.nn.Module`, the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,7 +42,8 @@ class MLP:
             linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)  # torch's own start would use its global generator
             layers += [linear, nn.ReLU()]
         module = nn.Sequential(*layers[:-1])
-        nn.utils.vector_to_parameters(torch.from_numpy(self.initial(seed)), module.parameters())
+        values = [p[0] for layer in self.initials([seed]) for p in layer]
+        module.load_state_dict(dict(zip(self.parameter_names, values, strict=True)))
         return module
 
     @property
@@ -50,10 +51,20 @@ class MLP:
         """(fan in, fan out) of each linear layer."""
         return list(zip(self.sizes[:-1], self.sizes[1:], strict=True))
 
-    def initial(self, seed: int) -> np.ndarray:
-        """All parameters at the start, (parameters,), float32, in the module's order: weight (out, in), bias, …"""
-        bounds = np.concatenate([np.full((i + 1) * o, i**-0.5, np.float32) for i, o in self.layers])
-        return (2 * uniform(seed, len(bounds)) - 1).astype(np.float32) * bounds
+    @property
+    def parameter_names(self) -> list[str]:
+        """The module's names of its parameters, in order: weight (out, in) and bias (out,) of each layer."""
+        return [f"{2 * layer}.{kind}" for layer in range(len(self.layers)) for kind in ("weight", "bias")]
+
+    def initials(self, seeds: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each layer's weights (K, out, in) and biases (K, out) at the start, float32, for K seeds."""
+        bounds = np.concatenate([np.full((i + 1) * o, i**-0.5) for i, o in self.layers])
+        starts = np.stack([2 * uniform(seed, len(bounds)) - 1 for seed in seeds]) * bounds
+        values = torch.from_numpy(starts.astype(np.float32))
+        result = []
+        for (i, o), block in zip(self.layers, values.split([(i + 1) * o for i, o in self.layers], dim=1), strict=True):
+            result.append((block[:, : i * o].unflatten(1, (o, i)), block[:, i * o :]))
+        return result
 
 
 @dataclass(frozen=True)
