@@ -138,7 +138,7 @@ def test_it_trains_on_a_gpu(train_cifar, folder):
 
 def example(*args, **settings):
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | settings
-    command = ["sh", str(ROOT / "examples/cifar10/example.sh"), *map(str, args)]
+    command = ["bash", str(ROOT / "examples/cifar10/example.sh"), *map(str, args)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -174,7 +174,7 @@ def test_the_example_runs_from_files_to_datamodels(tmp_path, form):
 def test_the_example_says_what_it_needs(tmp_path):
     done = example()
     assert done.returncode == 2
-    assert "FOLDER holds CIFAR-10's python or binary batches" in done.stderr
+    assert "IMAGES holds CIFAR-10's python or binary batches" in done.stderr
     done = example(tmp_path / "nothing", tmp_path / "out")
     assert done.returncode != 0
     assert "neither data_batch_1 nor data_batch_1.bin" in done.stderr
