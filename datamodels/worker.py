@@ -1,4 +1,9 @@
-"""`python -m datamodels.worker`: claim a row, call the user's main, check what came back, commit it."""
+"""`python -m datamodels.worker`: claim a row, call the user's main, check what came back, commit it.
+
+Exit codes: 0 when every row that it could claim is done; 1 when the row of --worker.index failed, or the store did; 2
+for a mistake in the configuration or an import that fails; 3 when rows are left that failed too often; 130 and 143
+when it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import contextlib
 import ctypes
 import faulthandler
 import importlib
+import importlib.abc
 import importlib.util
 import inspect
 import os
@@ -20,6 +26,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, Self
@@ -35,6 +42,8 @@ from datamodels.store import Store
 from datamodels.store import commit as commits
 
 POOL_VARIABLE = "DATAMODELS_POOL_PID"
+GAVE_UP = 3
+_STOPS = (signal.SIGTERM, signal.SIGINT)
 _GRACE = 3.0  # seconds between asking main to stop and killing the process
 
 SECTIONS = {
@@ -46,7 +55,7 @@ SECTIONS = {
             "examples.minimal.train_minimal",
             required=True,
         ),
-        "index": Option(int, "run this row and no other; without it, claim pending rows until none is left"),
+        "index": Option(int, "run this row and no other; without it, claim pending rows until none is left", min=0),
         "batch": Option(int, "rows per call of main_many()", default=1, min=1),
         "retries": Option(int, "how often a row that failed, or whose process died, is tried again", default=2, min=0),
         "job_timeout": Option(int, "seconds after which a call of main is ended and its rows count as failed", min=1),
@@ -90,23 +99,31 @@ class Stopped(BaseException):
 
 
 def import_main(name: str) -> ModuleType:
-    """The user's module. `ConfigError` where there is none, saying which path was tried."""
+    """The user's module. `ConfigError` where there is none, saying which path was tried, or where its import fails."""
+    if not name or "/" in name or name.startswith(".") or name.endswith(".py"):
+        raise ConfigError(
+            f"--worker.main_import: expected a dotted name as in examples.minimal.train_minimal, got {name!r}; it is "
+            f"not a path: leave out .py and write . for /"
+        )
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             path = Path.cwd() / (name.replace(".", "/") + ".py")
-            hint = (
-                "; it is a dotted name, not a path: leave out .py and write . for /"
-                if "/" in name or name.endswith(".py")
-                else ""
-            )
             raise ConfigError(
                 f"--worker.main_import: there is no module {name!r}; tried {path} and the Python path "
                 f"(sys.path[0] is {sys.path[0]!r}); run it from the folder that the name begins in"
-                f"{hint}"
             ) from None
-        raise
+        raise _not_importable(name) from error
+    except (Exception, SystemExit) as error:
+        raise _not_importable(name) from error
+
+
+def _not_importable(name: str) -> ConfigError:
+    traceback.print_exc()
+    error = sys.exc_info()[1]
+    assert error is not None
+    return ConfigError(f"--worker.main_import: importing {name} failed: {_last_line(error)}; its traceback is above")
 
 
 @dataclass(frozen=True)
@@ -146,7 +163,16 @@ class Routine:
         return cls(function, where, tuple(wanted))
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
-        return self.function(**{name: arguments[name] for name in self.wanted})
+        """Call it with what it wants of `arguments`: a factor that a row's block does not have is left out."""
+        try:
+            return self.function(**{name: arguments[name] for name in self.wanted if name in arguments})
+        except (Exception, JobTimeout, Stopped):
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                raise  # a real Ctrl-C
+            what = f"called sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"raised {error!r}"
+            raise RuntimeError(f"{self.name} {what}; a row ends by returning its values") from error
 
 
 def _hint(missing: Sequence[str], available: Sequence[str]) -> str:
@@ -178,6 +204,32 @@ def seed_everything(seed: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.manual_seed(seed)
+    else:
+        _SeedTorchLater.seed = seed
+        if _SeedTorchLater not in sys.meta_path:
+            sys.meta_path.insert(0, _SeedTorchLater)
+
+
+class _SeedTorchLater(importlib.abc.MetaPathFinder):
+    """Seeds torch as it is imported by a main that imports late."""
+
+    seed = 0
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != "torch":
+            return None
+        sys.meta_path.remove(cls)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                module.manual_seed(cls.seed)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 # ------------------------------------------------------------------- the worker
@@ -189,7 +241,7 @@ class Tally:
 
     committed: int = 0
     failed: int = 0  # attempts that failed
-    given_up: int = 0  # rows that will not be tried again
+    given_up: int = 0  # rows among them that will not be tried again
 
 
 class Worker:
@@ -207,75 +259,90 @@ class Worker:
     ):
         self.store, self.main, self.main_many = store, main, main_many
         self.batch, self.retries = batch, retries
+        self._limit = retries  # a row whose attempts are more is not tried again
         self.tally = Tally()
         self._attempts: dict[int, int] = {}  # rows claimed now -> number of this attempt
         self._deadline = Deadline(store, job_timeout)
         self._interruptible = True
-        self._pending_signal: int | None = None
+        self._stop: int | None = None  # the signal that asked this process to end
+        self._pid = os.getpid()
 
     # ------------------------------------------------------------- which rows
 
     def run_all(self, bar: Callable[[int], object] = lambda rows: None) -> None:
         """Claim and run pending rows until none is left that this worker could claim."""
-        queue = deque(self._pending())
-        while queue:
+        while True:
             moved = False
-            while queue:
-                rows = self._claim_some(queue)
-                if rows:
+            fresh, again = self._pending()
+            # A row that took its process down would take the others of a batch with it, so it is tried again alone.
+            for queue, size in ((deque(fresh), self.batch), (deque(again), 1)):
+                while rows := self._claim_some(queue, size):
                     before = self.tally.committed
                     self._run_claimed(rows)
                     bar(self.tally.committed - before)
                     moved = True
             # What others failed, gave back or left behind meanwhile is found by another look.
-            queue = deque(self._pending())
-            if not moved and not self._wait(queue):
+            if not moved and not self._wait([*fresh, *again]):
                 return
 
-    def _pending(self) -> np.ndarray:
-        """Incomplete rows that have not failed too often, from a place of this worker's own onwards."""
+    def _pending(self) -> tuple[list[int], list[int]]:
+        """Incomplete rows never tried, and those tried but not too often; from a place of this worker's own onwards."""
         completed = self.store.completed()
-        records = self.store.layout.row_records()
-        spent = (records["state"] == commits.FAILED) & (records["attempts"] > self.retries)
-        rows = np.flatnonzero(~completed & ~spent)
+        attempts = self.store.layout.row_records()["attempts"]
+        rows = np.flatnonzero(~completed & ~self._spent())
         offset = int(self.store.run.id[-8:], 16) % self.store.num_models
-        return np.roll(rows, -int(np.searchsorted(rows, offset)))
+        rows = np.roll(rows, -int(np.searchsorted(rows, offset)))
+        tried = attempts[rows] > 0
+        return rows[~tried].tolist(), rows[tried].tolist()
 
-    def _claim_some(self, queue: deque[int]) -> list[int]:
+    def _spent(self) -> np.ndarray:
+        records = self.store.layout.row_records()
+        spent: np.ndarray = (records["state"] == commits.FAILED) & (records["attempts"] > self.retries)
+        return spent
+
+    def given_up(self) -> int:
+        """How many rows are incomplete and will not be tried again, whoever failed them."""
+        return int((~self.store.completed() & self._spent()).sum())
+
+    def _claim_some(self, queue: deque[int], size: int) -> list[int]:
         rows: list[int] = []
-        while queue and len(rows) < self.batch:
-            row = int(queue.popleft())
-            if self._claim(row):
-                rows.append(row)
+        while queue and len(rows) < size:
+            some = sorted(queue.popleft() for _ in range(min(len(queue), size - len(rows))))
+            done = self.store.layout.completed(some)  # by another worker; far cheaper to see before claiming
+            rows += self._claim([row for row, flag in zip(some, done, strict=True) if not flag])
         return sorted(rows)
 
-    def _claim(self, row: int, *, anew: bool = False, complete_too: bool = False) -> bool:
-        """Claim a row and count the attempt; False where there is nothing (left) to do for this worker."""
-        store = self.store
-        if not store.run.take(row):
-            return False
-        if not complete_too and store.completed()[row]:
-            store.run.release(row, done=True)
-            return False
-        record = store.layout.row_records([row])[0]
-        attempts = int(record["attempts"])
-        if attempts > self.retries and not anew and not complete_too:
-            if record["state"] != commits.FAILED:
-                self._record_failure(
-                    row,
-                    attempts,
-                    "The process that ran this row died without leaving a word (killed, "
-                    "out of memory, or the machine went down).",
-                )
-                self.tally.given_up += 1
-            store.run.release(row, done=False)
-            return False
-        self._attempts[row] = store.begin(row)
-        return True
+    def _claim(self, rows: list[int], *, anew: bool = False, complete_too: bool = False) -> list[int]:
+        """Claim rows and count an attempt of each; those where there is something (left) to do for this worker."""
+        with self._uninterrupted():
+            taken = [row for row in rows if self.store.run.take(row)]
+            completed, records = self.store.layout.completed(taken), self.store.layout.row_records(taken)
+            ready = []
+            for row, complete, record in zip(taken, completed, records, strict=True):
+                if complete and not complete_too:
+                    self.store.run.release(row, done=True)
+                elif not complete and record["attempts"] > self.retries and not anew:
+                    if record["state"] != commits.FAILED:
+                        self._record_death(row, record)
+                    self.store.run.release(row, done=False)
+                else:
+                    ready.append(row)
+            self._attempts.update(zip(ready, self.store.begin(ready), strict=True))
+            return ready
+
+    def _record_death(self, row: int, record: np.void) -> None:
+        attempts, run = int(record["attempts"]), record["run"].decode(errors="replace")
+        self.store.fail(
+            row,
+            attempts,
+            f"The process that ran this row died without leaving a word, {attempts} times (killed, out of memory, or "
+            f"the machine went down); the last one was runs/{run}.json",
+        )
+        print(f"row {row}: its process died {attempts} times; it will not be tried again", file=sys.stderr, flush=True)
 
     def _wait(self, rows: Iterable[int]) -> bool:
         """Wait while another host may have died holding one of these rows; whether to look again."""
-        if not any(self.store.run.undecided(int(row)) for row in rows):
+        if not any(self.store.run.undecided(row) for row in rows):
             return False
         time.sleep(self.store.run.time_to_live / 12)
         return True
@@ -283,66 +350,54 @@ class Worker:
     def run_one(self, row: int, *, do_if_complete: bool = False) -> bool:
         """Run one row, and again while it fails and may be retried; whether it is complete at the end."""
         row = check_index(row, self.store.num_models)
-        if not do_if_complete and self.store.completed()[row]:
-            print(f"row {row}: already complete, nothing to do (--worker.do_if_complete runs it again)")
-            return True
-        for attempt in range(self.retries + 1):
-            if not self._claim(row, anew=attempt == 0, complete_too=do_if_complete):
-                if self.store.completed()[row]:
-                    print(f"row {row}: already complete, nothing to do")
+        replace = do_if_complete and bool(self.store.layout.completed([row])[0])
+        tried = 0
+        while not self.tally.committed and not self.tally.given_up:
+            if not self._claim([row], anew=tried == 0, complete_too=do_if_complete):
+                if self.store.layout.completed([row])[0]:
+                    print(f"row {row}: already complete, nothing to do (--worker.do_if_complete runs it again)")
                     return True
-                if attempt:
-                    break
+                if tried:
+                    return False
                 raise RowError(f"row {row}: another worker is running it; wait for it, or stop it")
-            before = self.tally.committed
+            if replace:  # a complete row's record stays that of the values it holds, so its attempts are counted here
+                self._limit = self._attempts[row] + self.retries - 1
+                self._attempts[row] += tried
+            tried += 1
             self._run_claimed([row], replace=do_if_complete)
-            if self.tally.committed > before:
-                return True
-        return False
+        return self.tally.committed > 0
 
     # ---------------------------------------------------------------- run them
 
     def _run_claimed(self, rows: list[int], *, replace: bool = False) -> None:
         """Run rows that are claimed, commit what is right, record what is not, and give all of them back."""
-        try:
-            if self.main_many is not None and (len(rows) > 1 or self.main is None):
+        if self.main_many is None or (len(rows) == 1 and self.main is not None):
+            for row in rows:
                 try:
-                    with self._watched(rows):
-                        results = self.call_many(rows)
-                except Exception as error:
-                    if len(rows) == 1:
-                        self._failed(rows[0], error)
-                        return
-                    print(
-                        f"rows {rows[0]}…{rows[-1]}: main_many failed for the batch ({_last_line(error)}); running "
-                        f"its {len(rows)} rows one by one",
-                        file=sys.stderr,
-                    )
-                    for row in rows:
-                        self._run_claimed([row], replace=replace)
-                    return
-                self._commit(results, replace=replace)
-            else:
-                for row in rows:
-                    try:
-                        with self._watched([row]):
-                            result = self.call(row)
-                    except Exception as error:
-                        self._failed(row, error)
-                    else:
-                        self._commit({row: result}, replace=replace)
-        except JobTimeout as error:
-            for row in [row for row in rows if row in self._attempts]:
-                self._failed(row, error)
-        except (Stopped, KeyboardInterrupt):
-            for row in [row for row in rows if row in self._attempts]:
-                self.store.give_back(row, self._attempts.pop(row))
-                self.store.run.release(row, done=False)
-            raise
-        finally:
-            for row in [row for row in rows if row in self._attempts]:
-                self._attempts.pop(row)
-                self.store.run.release(row, done=False)
+                    with self._watched([row]):
+                        result = self.call(row)
+                except (Exception, JobTimeout) as error:
+                    self._failed(row, error)
+                else:
+                    self._commit({row: result}, replace=replace)
+            return
+        try:
+            with self._watched(rows):
+                results = self.call_many(rows)
+        except (Exception, JobTimeout) as error:
+            if len(rows) == 1:
+                self._failed(rows[0], error)
+                return
+            print(
+                f"rows {rows[0]}…{rows[-1]}: main_many failed for the batch ({_last_line(error)}); running its "
+                f"{len(rows)} rows one by one",
+                file=sys.stderr,
+                flush=True,
+            )
+            for row in rows:
+                self._run_claimed([row], replace=replace)
+        else:
+            self._commit(results, replace=replace)
 
     def call(self, row: int, *, smoke: bool = False, logdir: str | None = None) -> Mapping[str, Any]:
         """What main returns for a row, with the design's own values filled in."""
@@ -442,12 +497,9 @@ class Worker:
     @contextlib.contextmanager
     def _watched(self, rows: list[int]) -> Iterator[None]:
         with self._deadline.over([(row, self._attempts[row]) for row in rows]):
-            try:
-                yield
-            except SystemExit as error:
-                raise RuntimeError(
-                    f"main called sys.exit({error.code!r}); a row ends by returning its values"
-                ) from error
+            yield
+        if self._stop is not None:  # main went on in spite of it
+            raise Stopped(self._stop)
 
     # -------------------------------------------------------- what came of them
 
@@ -475,7 +527,7 @@ class Worker:
                     self._done(row, replace=replace)
 
     def _commit_one(self, row: int, blobs: Mapping[str, bytes], *, replace: bool) -> None:
-        if not replace and self.store.completed()[row]:  # the batch got as far as this row
+        if not replace and self.store.layout.completed([row])[0]:  # the batch got as far as this row
             self._done(row, replace=replace)
             return
         try:
@@ -495,47 +547,53 @@ class Worker:
         self.store.run.release(row, done=not replace)
 
     def _failed(self, row: int, error: BaseException) -> None:
-        attempts = self._attempts.pop(row)
-        text = "".join(traceback.format_exception(error))
-        again = attempts <= self.retries
-        try:
-            where = self._record_failure(row, attempts, text)
-            place = f"; traceback in {where}"
-        except StoreError as full:
-            place = f"; and its traceback could not be kept ({full})"
-        print(
-            f"row {row}: attempt {attempts} failed: {_last_line(error)}{place}"
-            f"{'; it will be tried again' if again else ''}",
-            file=sys.stderr,
-            flush=True,
-        )
-        self.tally.failed += 1
-        self.tally.given_up += not again
-        self.store.run.release(row, done=False)
-
-    def _record_failure(self, row: int, attempts: int, text: str) -> Path:
-        return self.store.fail(row, attempts, text)
+        with self._uninterrupted():
+            attempts = self._attempts.pop(row)
+            again = attempts <= self._limit
+            try:
+                where = self.store.fail(row, attempts, "".join(traceback.format_exception(error)))
+                place = f"; traceback in {where}"
+            except StoreError as full:
+                place = f"; and its traceback could not be kept ({full})"
+            print(
+                f"row {row}: attempt {attempts} failed: {_last_line(error)}{place}"
+                f"{'; it will be tried again' if again else ''}",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.tally.failed += 1
+            self.tally.given_up += not again
+            self.store.run.release(row, done=False)
 
     # ------------------------------------------------------------------ signals
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if not self._interruptible:  # a commit takes milliseconds; what it holds is weeks of work
-            self._pending_signal = number
+        if os.getpid() != self._pid:  # a process that main forked ends as if we had never been there
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
             return
-        raise Stopped(number)
+        self._stop = number
+        if self._interruptible:  # a commit takes milliseconds; what it holds is weeks of work
+            raise Stopped(number)
 
     @contextlib.contextmanager
     def _uninterrupted(self) -> Iterator[None]:
-        self._interruptible = False
+        before, self._interruptible = self._interruptible, False
         try:
             yield
         finally:
-            self._interruptible = True
-            number, self._pending_signal = self._pending_signal, None
-        if number is not None:
-            raise Stopped(number)
+            self._interruptible = before
+        if before and self._stop is not None:
+            raise Stopped(self._stop)
 
     def close(self) -> None:
+        """Give back the rows in hand, uncounted: that this process ends says nothing against them."""
+        self._interruptible = False
+        for row, attempts in self._attempts.items():
+            with contextlib.suppress(StoreError):
+                self.store.give_back(row, attempts)
+            self.store.run.release(row, done=False)
+        self._attempts.clear()
         self._deadline.close()
 
     def __enter__(self) -> Self:
@@ -559,11 +617,13 @@ class Deadline:
         self._stacks = store.path / "runs" / f"{store.run.id}.stacks"
         self._file = open(self._stacks, "w")  # noqa: SIM115 - faulthandler keeps it until close()
         faulthandler.register(signal.SIGUSR2, file=self._file, all_threads=True)
+        read, self._pipe = os.pipe()
         self._dog = subprocess.Popen(
             [sys.executable, "-m", "datamodels.watchdog", str(os.getpid()), str(store.path), str(self._stacks)],
-            stdin=subprocess.PIPE,
+            stdin=read,
             start_new_session=True,
         )
+        os.close(read)
 
     @contextlib.contextmanager
     def over(self, rows: Sequence[tuple[int, int]]) -> Iterator[None]:
@@ -577,23 +637,24 @@ class Deadline:
 
         before = signal.signal(signal.SIGALRM, ring)
         self._say(f"arm {self.seconds + _GRACE} " + " ".join(f"{row}:{attempt}" for row, attempt in rows))
-        signal.alarm(self.seconds)
         try:
+            signal.alarm(self.seconds)
             yield
         finally:
-            signal.alarm(0)
-            self._say("off")
-            signal.signal(signal.SIGALRM, before)
+            try:
+                signal.alarm(0)  # it may ring just before this
+            finally:
+                self._say("off")
+                signal.signal(signal.SIGALRM, before)
 
     def _say(self, line: str) -> None:
-        assert self._dog.stdin is not None
-        self._dog.stdin.write(line.encode() + b"\n")
-        self._dog.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # somebody ended the watchdog; the alarm still rings
+            os.write(self._pipe, line.encode() + b"\n")
 
     def close(self) -> None:
         if self.seconds is not None:
-            assert self._dog.stdin is not None
-            self._dog.stdin.close()
+            self._say("end")  # what main forked may hold the pipe open
+            os.close(self._pipe)
             self._dog.wait()
             faulthandler.unregister(signal.SIGUSR2)
             self._file.close()
@@ -623,8 +684,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("--worker.do_if_complete: replaces one complete row; name it with --worker.index=ROW")
     leave_with_parent()
     store = Store.open(args["worker.logdir"], sync=args["worker.sync"], time_to_live=args["worker.time_to_live"])
-    if one:
-        check_index(index, store.num_models)  # before anything is imported or trained
+    showing = args["worker.dry_run"] or args["worker.smoke"]
+    if one:  # before anything is imported or trained
+        try:
+            check_index(index, store.num_models)
+        except RowError as error:
+            raise ConfigError(f"--worker.index ({args.where('worker.index')}): {error}") from None
+        if not args["worker.do_if_complete"] and not showing and store.layout.completed([index])[0]:
+            print(f"row {index}: already complete, nothing to do (--worker.do_if_complete runs it again)")
+            return 0
     module = import_main(args["worker.main_import"])
     cli.collect_user(args)
     single = Routine.find(module, "main", available(store, many=False))
@@ -638,19 +706,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     program = sys.argv[0]
     sys.argv = [program, *args.rest]
-    if args["worker.dry_run"] or args["worker.smoke"]:
+    if showing:
         with Worker(store, single, many) as worker:
             row = index if one else _first_pending(store)
             show = dry_run if args["worker.dry_run"] else smoke
             print(show(worker, row, batch=args["worker.batch"], rest=args.rest))
         return 0
     exit_status: int | None = None
+    before = {number: signal.getsignal(number) for number in _STOPS}
     try:
         with contextlib.suppress(OSError), open(store.path / "cmds.txt", "a", encoding="utf-8") as commands:
             commands.write(shlex.join([program, *argv]) + "\n")
         exit_status = _work(store, single, many, args, one, index)
     finally:
+        for number in _STOPS:  # it is ending already
+            signal.signal(number, signal.SIG_IGN)
         store.close(exit_status)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return exit_status
 
 
@@ -666,9 +739,9 @@ def _work(
         retries=args["worker.retries"],
         job_timeout=args.get("worker.job_timeout"),
     ) as worker:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, worker.on_signal)
         try:
+            for number in _STOPS:
+                signal.signal(number, worker.on_signal)
             if one:
                 assert index is not None
                 complete = worker.run_one(index, do_if_complete=args["worker.do_if_complete"])
@@ -684,10 +757,13 @@ def _work(
                 f"are given back",
                 file=sys.stderr,
             )
-            return 130 if stop.number == signal.SIGINT else 143 if one else 0
-    tally = worker.tally
-    print(f"{tally.committed} rows committed, {tally.failed} attempts failed, {tally.given_up} rows given up")
-    return 1 if tally.given_up else 0
+            return 128 + stop.number
+    given_up = worker.given_up()
+    print(
+        f"{worker.tally.committed} rows committed, {worker.tally.failed} attempts failed"
+        + (f"; {given_up} rows of the store failed too often to be tried again" if given_up else "")
+    )
+    return GAVE_UP if given_up else 0
 
 
 def leave_with_parent() -> None:
@@ -722,11 +798,18 @@ def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str
         f"seed       {assignment.seed}",
         f"mask       {mask}",
         f"choices    {', '.join(f'{k}={v!r}' for k, v in assignment.choices.items()) or 'none'}",
-        f"calls      {routine.name}({', '.join(routine.wanted)}) in {inspect.getsourcefile(inner) or '?'}",
+        f"calls      {routine.name}({', '.join(routine.wanted)}) in {_source(inner)}",
         f"sys.argv   {' '.join(rest) or '(empty)'}",
         "returns    " + ", ".join(f"{k}: {f.dtype} {list(f.shape)}" for k, f in store.spec.schema.items()),
     ]
     return "\n".join([*lines, *cli.user_values()])
+
+
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsourcefile(function) or "?"
+    except TypeError:  # an object with __call__
+        return "?"
 
 
 def smoke(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str:

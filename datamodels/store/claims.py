@@ -81,6 +81,7 @@ class Run:
         self.folder, self.network, self.time_to_live = folder, network, time_to_live
         self.id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
         self.claims: dict[int, int] = {}  # row -> generation
+        self._claims = str(folder / "claims")
         self._seen: dict[str, tuple[Any, float]] = {}  # run elsewhere -> (last beat, when it was first seen)
         self._moving: set[str] = set()
         self._mutex = threading.RLock()
@@ -139,8 +140,8 @@ class Run:
 
     # ---------------------------------------------------------------- claims
 
-    def path(self, row: int, generation: int) -> Path:
-        return self.folder / "claims" / f"{row}.{generation}"
+    def path(self, row: int, generation: int) -> str:
+        return f"{self._claims}/{row}.{generation}"
 
     def take(self, row: int) -> bool:
         """Claim a row: True when this run now holds it alone, False when somebody who lives holds it."""

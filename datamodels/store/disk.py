@@ -88,7 +88,7 @@ class PosixDisk:
     """
 
     def __init__(self, root: Path, *, sync: bool = True):
-        self.root = root
+        self.root, self._root = root, str(root)  # pathlib is too slow for what is done several times a row
         kind = filesystem(root)
         self.network = kind not in _LOCAL and os.path.exists("/proc/self/mountinfo")
         self.durable = sync
@@ -114,7 +114,7 @@ class PosixDisk:
     def write(self, name: str, offset: int, data: bytes) -> None:
         """Write all of `data` at `offset` of an existing file."""
         fd = self._fd(name)
-        with _explained(self.root / name):
+        with _explained(self.root, name):
             view = memoryview(data)
             while view:
                 done = os.pwrite(fd, view, offset)
@@ -124,13 +124,13 @@ class PosixDisk:
         """Make every write to `names` so far survive power loss; an error here is an error of the commit."""
         if self.durable and not self.network:  # O_DSYNC has done it already
             for name in names:
-                with _explained(self.root / name):
+                with _explained(self.root, name):
                     os.fdatasync(self._fd(name))
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` through a fresh descriptor, as network file systems ask for a fresh look."""
         try:
-            fd = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise StoreError(
                 f"{self.root / name}: this file of the store is missing; restore it, or initialise a new store"
@@ -156,7 +156,7 @@ class PosixDisk:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            with _explained(path):
+            with _explained(self.root, name):
                 if reserve:
                     _reserve(fd, size)
                 os.ftruncate(fd, size)
@@ -173,7 +173,7 @@ class PosixDisk:
         beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
-            with _explained(path):
+            with _explained(self.root, name):
                 view = memoryview(data)
                 while view:
                     view = view[os.write(fd, view) :]
@@ -212,7 +212,7 @@ class PosixDisk:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(folder: Path, name: str) -> Iterator[None]:
     """System errors as a `StoreError` that names the file and what to do."""
     try:
         yield
@@ -225,7 +225,7 @@ def _explained(path: Path) -> Iterator[None]:
             errno.EROFS: "the file system is read-only",
         }
         raise StoreError(
-            f"{path}: {error.strerror}: {hint.get(error.errno or 0, 'the write did not happen')}"
+            f"{folder / name}: {error.strerror}: {hint.get(error.errno or 0, 'the write did not happen')}"
         ) from error
 
 

@@ -282,8 +282,8 @@ class Store:
         held = {int(name.partition(".")[0]) for name in self.disk.list("claims") if name.partition(".")[0].isdigit()}
         running = np.zeros(self.num_models, bool)
         running[[row for row in held if row < self.num_models]] = True
-        running &= ~completed
-        failed = np.flatnonzero((records["state"] == commits.FAILED) & ~completed & ~running)
+        running &= ~completed & (records["state"] != commits.FAILED)  # a worker that died leaves its claims behind
+        failed = np.flatnonzero((records["state"] == commits.FAILED) & ~completed)
         shown = tuple(
             Failure(int(row), int(records["attempts"][row]), self.last_error(int(row))) for row in failed[:failures]
         )
@@ -415,17 +415,19 @@ class Store:
         infos = {}
         for row, record in zip(rows, self.layout.row_records(rows), strict=True):
             started = float(record["started"]) if record["run"] == self.run.id.encode() else now
-            seed = self.design.assignment(row, with_mask=False).seed
-            infos[row] = RowInfo(max(1, int(record["attempts"])), started, seed)
+            infos[row] = RowInfo(max(1, int(record["attempts"])), started, self.design.seed(row))
         return infos
 
     # ------------------------------------------------- what a worker records
 
-    def begin(self, row: int) -> int:
-        """Count an attempt of a claimed row; the number of attempts so far, this one included."""
-        record = self.layout.row_records([row])[0]
-        attempts = int(record["attempts"]) + 1 if commits.row_record_intact(record, row) else 1
-        self._write_row(row, commits.RUNNING, attempts, finished=0.0)
+    def begin(self, rows: Sequence[int]) -> list[int]:
+        """Count an attempt of each of some claimed rows, which ascend; the attempts so far, these included."""
+        records = self.layout.row_records(rows)
+        attempts = [
+            int(record["attempts"]) + 1 if commits.row_record_intact(record, row) else 1
+            for row, record in zip(rows, records, strict=True)
+        ]
+        self._write_rows(rows, commits.RUNNING, attempts, finished=0.0)
         return attempts
 
     def fail(self, row: int, attempts: int, traceback: str) -> Path:
@@ -433,21 +435,31 @@ class Store:
         name = f"workers/{row}/attempt-{attempts}.json"
         report = {"row": row, "attempt": attempts, "run": self.run.id, "time": time.time(), "traceback": traceback}
         self.disk.put(name, (json.dumps(report, indent=1) + "\n").encode())
-        self._write_row(row, commits.FAILED, attempts, finished=time.time())
+        self._write_rows([row], commits.FAILED, [attempts], finished=time.time())
         return self.path / name
 
     def give_back(self, row: int, attempts: int) -> None:
         """Undo `begin`: the row was stopped from outside, which says nothing against it."""
-        self._write_row(row, commits.PENDING, max(0, attempts - 1), finished=0.0)
+        self._write_rows([row], commits.PENDING, [max(0, attempts - 1)], finished=0.0)
 
-    def _write_row(self, row: int, state: int, attempts: int, *, finished: float) -> None:
-        if self.layout.completed([row])[0]:
-            return  # the record belongs to the values that the row holds until they are replaced
-        seed = self.design.assignment(row, with_mask=False).seed
-        record = commits.row_record(
-            row, state=state, attempts=attempts, started=time.time(), finished=finished, seed=seed, run=self.run.id
-        )
-        self.layout.write(ROWS_FILE, [row], [record], lambda: None)
+    def _write_rows(self, rows: Sequence[int], state: int, attempts: Sequence[int], *, finished: float) -> None:
+        # The record of a complete row belongs to the values that it holds until they are replaced.
+        fresh = [i for i, complete in enumerate(self.layout.completed(rows)) if not complete]
+        if not fresh:
+            return
+        records = [
+            commits.row_record(
+                rows[i],
+                state=state,
+                attempts=attempts[i],
+                started=time.time(),
+                finished=finished,
+                seed=self.design.seed(rows[i]),
+                run=self.run.id,
+            )
+            for i in fresh
+        ]
+        self.layout.write(ROWS_FILE, [rows[i] for i in fresh], records, lambda: None)
 
     @cached_property
     def required(self) -> tuple[str, ...]:
