@@ -35,7 +35,7 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "x_name": Option(str, "key of the columns: masks, or any number or vector per row", default="masks"),
         "y_name": Option(str, "key of the outcomes", default="margins"),
         "num_train": Option(int, "rows that fit the path; left out: all complete rows but num_val", min=2),
-        "num_val": Option(int, "rows that choose the lambda; left out: a tenth of the rows", min=1),
+        "num_val": Option(int, "rows that choose the lambda; left out: a fifth of the rows", min=1),
         "seed": Option(int, "draws which rows validate", default=0, min=0),
         "target_start_ind": Option(int, "first target", default=0, min=0),
         "target_end_ind": Option(int, "target after the last one; -1: to the end", default=-1, min=-1),

@@ -14,7 +14,9 @@ from datamodels.errors import RegressionError
 if TYPE_CHECKING:
     from datamodels.store import Store
 
-VAL_SHARE = 0.1  # of the rows, where nobody says num_val
+# Of the rows, where nobody says num_val. On digits .1 cost .014 LDS at 500 rows, .005 at 1,000 and .001 at 4,000;
+# .3 was no better beyond .0015.
+VAL_SHARE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,7 @@ def make_problem(
 ) -> Problem:
     """Problem of the first num_train + num_val rows; all rows of one group on one side of the split.
 
-    x: (n, p) or (n,).  y: (n, T) or (n,).  num_val=None: a tenth of the rows.  num_train=None: all the
+    x: (n, p) or (n,).  y: (n, T) or (n,).  num_val=None: a fifth of the rows.  num_train=None: all the
     others.
     groups: (n,), equal for the rows that share a mask; None: every row stands alone.
     With groups of several rows the validation side is as close to num_val as whole groups come, never above

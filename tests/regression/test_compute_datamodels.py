@@ -108,7 +108,7 @@ def test_target_slice_and_bias(logdir, tmp_path):
     assert model.targets == ("margins[1]", "margins[2]")
     assert (model.bias == 0).all()
     assert (model.about["k"], model.about["patience"], model.about["use_bias"]) == (12, 2, False)
-    assert (model.about["num_train"], model.about["num_val"]) == (180, 20)
+    assert (model.about["num_train"], model.about["num_val"]) == (160, 40)
 
 
 def test_a_beton_file_is_for_later(tmp_path):

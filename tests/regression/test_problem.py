@@ -18,12 +18,12 @@ def test_split_is_drawn_from_the_seed():
         assert sorted([*problem.train, *problem.val]) == list(range(40))  # the first 40 rows, each once
 
 
-def test_left_out_counts_are_a_tenth_and_the_rest():
+def test_left_out_counts_are_a_fifth_and_the_rest():
     x, y = np.eye(50), np.arange(50.0)
     for options, expected in (
-        ({}, (45, 5)),
+        ({}, (40, 10)),
         ({"num_val": 8}, (42, 8)),
-        ({"num_train": 18}, (18, 2)),
+        ({"num_train": 16}, (16, 4)),
         ({"num_train": 46}, (46, 4)),
     ):
         problem = make_problem(x, y, **options)
