@@ -2,7 +2,9 @@
 
 Every number here derives from the raw output of PCG64, seeded by `SeedSequence((stream, block seed, ...))`. Both are
 fixed by numpy's compatibility policy, which its higher-level streams (`Generator.random`, `permutation`) are not;
-so a mask can be recomputed in ten years from the spec alone. With r_0, r_1, … the raw 64-bit outputs for one mask:
+so a mask can be recomputed in ten years from the spec alone. A mask's stream is that of (0x6D61736B, block seed, mask
+id), and the seed of a block's row i is the upper half of the first output of (0x73656564, block seed, i). With r_0,
+r_1, … the raw 64-bit outputs for one mask, and alpha the float64 exactly as it is:
 
 - `bernoulli`: example j is in when r_j < alpha · 2^64.
 - `fixed_size`: the floor(alpha · n + ½) examples with the smallest (r_j, j) are in.
@@ -14,7 +16,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import itertools
+import keyword
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from datamodels.errors import RowError, SpecError
-from datamodels.spec import Spec, nearest
+from datamodels.spec import MAX_ROWS, Spec, nearest
 
 SAMPLERS = ("bernoulli", "fixed_size", "stratified", "by_group")
 BLOCK_ROLES = ("train", "eval")
@@ -58,7 +62,8 @@ _BLOCK_KEYS = (
     "filter",
 )
 _MASK_STREAM, _SEED_STREAM = 0x6D61736B, 0x73656564  # "mask", "seed"
-_MAX_ROWS = 10**9
+# SeedSequence takes a number apart into words of 32 bits: from here on (seed, id) would no longer name one stream.
+_SEEDS = 2**32
 
 
 def raw_stream(*key: int) -> np.random.PCG64:
@@ -136,7 +141,7 @@ def _seed(block_seed: int, offset: int) -> int:
 
 
 def _below(raw: np.ndarray, alpha: float) -> np.ndarray:
-    threshold = int(Fraction(alpha) * 2**64)
+    threshold = math.ceil(Fraction(alpha) * 2**64)
     if threshold >= 2**64:
         return np.ones(raw.shape, bool)
     return raw < np.uint64(threshold)
@@ -233,7 +238,7 @@ class Resolved:
 
     spec: Spec
     design: Design
-    files: Mapping[str, Path]  # name inside the store -> where it is now
+    files: Mapping[str, bytes]  # name inside the store -> content; what was hashed is what is copied
 
 
 def resolve(spec: Spec, folder: str | Path) -> Resolved:
@@ -249,7 +254,7 @@ def resolve(spec: Spec, folder: str | Path) -> Resolved:
         return Resolved(spec, Design((block,)), {})
     blocks: list[Block] = []
     resolved: list[Mapping[str, Any]] = []
-    files: dict[str, Path] = {}
+    files: dict[str, bytes] = {}
     inherited: Mapping[str, Any] = {}
     for number, raw in enumerate(spec.design):
         builder = _BlockBuilder(spec, folder, number, raw, inherited, files)
@@ -265,8 +270,8 @@ def resolve(spec: Spec, folder: str | Path) -> Resolved:
                 f"repeat; give each block its own"
             )
     design = Design(tuple(blocks))
-    if design.num_models > _MAX_ROWS:
-        raise SpecError(f"design: {design.num_models:,} rows; the limit is {_MAX_ROWS:,}")
+    if design.num_models > MAX_ROWS:
+        raise SpecError(f"design: {design.num_models:,} rows; the limit is {MAX_ROWS:,}")
     if spec.num_models is not None and spec.num_models != design.num_models:
         raise SpecError(
             f"num_models: {spec.num_models} does not fit the design, which gives {design.num_models} rows; "
@@ -285,7 +290,7 @@ class _BlockBuilder:
         number: int,
         raw: Mapping[str, Any],
         inherited: Mapping[str, Any],
-        files: dict[str, Path],
+        files: dict[str, bytes],
     ):
         self.spec, self.folder, self.number, self.raw, self.files = spec, folder, number, raw, files
         self.where = f"design[{number}]"
@@ -299,6 +304,8 @@ class _BlockBuilder:
 
     def build(self) -> tuple[Block, Mapping[str, Any]]:
         seed = self.integer("seed", self.number, low=0)
+        if seed >= _SEEDS:
+            raise SpecError(f"{self.where}, seed: expected an int in [0, 2^32), got {seed}")
         cells, choices = self.grid()
         repeats = self.integer("repeats", 1, low=1)
         sampler = self.settings.get("sampler")
@@ -362,7 +369,7 @@ class _BlockBuilder:
         value = self.raw.get(name, default)
         if value is None:
             raise SpecError(f"{self.where}, {name}: missing; expected an int >= {low}")
-        if type(value) is not int or not low <= value <= 2**63:
+        if type(value) is not int or value < low:
             raise SpecError(f"{self.where}, {name}: expected an int >= {low}, got {value!r}")
         return value
 
@@ -409,10 +416,10 @@ class _BlockBuilder:
         path = self.folder / value
         try:
             content = path.read_bytes()
-            array = np.load(path, allow_pickle=False)
+            array = np.load(io.BytesIO(content), allow_pickle=False)
         except FileNotFoundError:
             raise SpecError(f"{where}: no such file {path}") from None
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a hostile header raises more than numpy says
             raise SpecError(f"{where}: {path} is not a plain .npy file ({error})") from None
         sha256 = hashlib.sha256(content).hexdigest()
         if digest is not None and digest != sha256:
@@ -426,7 +433,7 @@ class _BlockBuilder:
                 f"{list(np.shape(array))}, dtype {getattr(array, 'dtype', None)}"
             )
         inside = f"design/{name}-{sha256[:16]}.npy"
-        self.files[inside] = path
+        self.files[inside] = content
         return np.unique(array, return_inverse=True)[1], {"file": inside, "sha256": sha256}
 
     def grid(self) -> tuple[tuple[Mapping[str, Any], ...], dict[str, Any]]:
@@ -439,8 +446,8 @@ class _BlockBuilder:
         if not isinstance(raw, Mapping) or not raw:
             raise SpecError(f'{self.where}, choices: expected {{"<factor>": [levels], ...}}, got {raw!r}')
         levels = {name: self.levels(name, value) for name, value in raw.items()}
-        if math.prod(len(v) for v in levels.values()) > _MAX_ROWS:
-            raise SpecError(f"{self.where}, choices: the grid has more than {_MAX_ROWS:,} cells")
+        if math.prod(len(v) for v in levels.values()) > MAX_ROWS:
+            raise SpecError(f"{self.where}, choices: the grid has more than {MAX_ROWS:,} cells")
         rules = self.raw.get("filter", [])
         keep = self.filters(rules, levels)
         cells = [
@@ -454,9 +461,9 @@ class _BlockBuilder:
 
     def levels(self, name: str, value: Any) -> list[Any]:
         where = f"{self.where}, choices, {name!r}"
-        if not name.isidentifier() or name in RESERVED:
+        if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
             raise SpecError(
-                f"{where}: a factor reaches main() by name, so it must be a Python name other than "
+                f"{where}: a factor reaches main() by name, so it must be a Python name, no keyword, other than "
                 f"{', '.join(RESERVED)}"
             )
         if isinstance(value, list):
@@ -472,13 +479,13 @@ class _BlockBuilder:
                 raise SpecError(
                     f'{where}: expected {{"range": [start, stop, step]}} of ints as Python\'s range, got {value!r}'
                 )
-            if len(range(*bounds)) > _MAX_ROWS:
-                raise SpecError(f"{where}: {len(range(*bounds)):,} levels; the limit is {_MAX_ROWS:,}")
+            if len(range(*bounds)) > MAX_ROWS:
+                raise SpecError(f"{where}: {len(range(*bounds)):,} levels; the limit is {MAX_ROWS:,}")
             levels = list(range(*bounds))
         elif isinstance(value, Mapping) and set(value) == {"files"} and isinstance(value["files"], str):
-            levels = sorted(
-                str(Path(p).resolve()) for p in glob.glob(str(self.folder / value["files"]), recursive=True)
-            )
+            # root_dir, and not part of the pattern: a folder's own name may hold brackets.
+            found = glob.glob(value["files"], root_dir=self.folder, recursive=True)
+            levels = sorted(str((self.folder / name).resolve()) for name in found)
             if not levels:
                 raise SpecError(f"{where}: no file matches {value['files']!r} in {self.folder.resolve()}")
         else:
@@ -487,6 +494,8 @@ class _BlockBuilder:
             )
         if not levels or any(not isinstance(v, (str, int, float, bool)) for v in levels):
             raise SpecError(f"{where}: expected at least one level, each a string, number or boolean, got {levels!r}")
+        if any(isinstance(v, float) and not math.isfinite(v) for v in levels):
+            raise SpecError(f"{where}: JSON has no NaN or infinity; got {levels!r}")
         if len({(type(v), v) for v in levels}) != len(levels):
             raise SpecError(f"{where}: a level stands twice in {levels!r}")
         if name in self.spec.schema:
@@ -502,9 +511,9 @@ class _BlockBuilder:
         if not isinstance(rules, list) or any(not isinstance(r, list) or len(r) != 3 for r in rules):
             raise SpecError(f"{where}: expected a list of [factor, op, value or factor], got {rules!r}")
         for factor, op, _ in rules:
-            if factor not in levels:
+            if not isinstance(factor, str) or factor not in levels:
                 raise SpecError(f"{where}: {factor!r} is not a factor{nearest(str(factor), levels)}")
-            if op not in OPERATORS:
+            if not isinstance(op, str) or op not in OPERATORS:
                 raise SpecError(f"{where}: unknown operator {op!r}; known: {' '.join(OPERATORS)}")
 
         def keep(cell: Mapping[str, Any]) -> bool:

@@ -20,6 +20,7 @@ FORMAT = 1
 """Version of the on-disk contract that this code reads and writes."""
 
 COMPLETED = "_completed"
+MAX_ROWS = 10**9
 ROLES = ("mask", "choice", "outcome", "property", "benefit")
 
 _NUMERIC = (
@@ -61,6 +62,7 @@ _SPELLINGS = {
     "ushort": "uint16",
     "ubyte": "uint8",
 }
+_MAX_AXES, _MAX_ROW_BYTES, _MAX_FILE_BYTES = 60, 2**40, 2**62
 _TEXT = re.compile(r"U([1-9][0-9]{0,6})")
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 
@@ -127,8 +129,12 @@ class Field:
                 raise SpecError(f"{where}, {flag}: expected true or false, got {getattr(self, flag)!r}")
         if self.allow_nonfinite and not dtype.startswith("float"):
             raise SpecError(f"{where}: allow_nonfinite needs a float dtype, got {dtype}")
-        if self.nbytes > 2**40:
-            raise SpecError(f"{where}: one row would take {self.nbytes:,} bytes; the limit is 1 TiB; check the shape")
+        if len(self.shape) > _MAX_AXES:
+            raise SpecError(f"{where}, shape: {len(self.shape)} axes; numpy has at most {_MAX_AXES} beside the rows")
+        # An axis of length 0 makes the product 0, and numpy refuses an array whose other axes multiply to too much.
+        size = math.prod(n or 1 for n in self.shape) * self.value_dtype.itemsize
+        if size > _MAX_ROW_BYTES:
+            raise SpecError(f"{where}, shape: one row would take {size:,} bytes; the limit is 1 TiB; check the shape")
 
     @property
     def disk_dtype(self) -> np.dtype[Any]:
@@ -163,6 +169,7 @@ class Field:
         """
         where = f"{where}, {self.name!r}"
         array = _as_array(value, where)
+        _check_elements(value, array, self.value_dtype.kind, where)
         if array.shape != self.shape:
             raise RowError(
                 f"{where}: expected shape {list(self.shape)}, got {list(array.shape)}; "
@@ -171,7 +178,7 @@ class Field:
         array = self._cast(array, where)
         if self.dtype == "bits":
             return np.packbits(array, axis=-1, bitorder="little")
-        return np.ascontiguousarray(array, dtype=self.disk_dtype)
+        return np.asarray(array, dtype=self.disk_dtype, order="C")
 
     def decode(self, stored: np.ndarray) -> np.ndarray:
         """The rows' values (m, *shape) of the bytes as stored, (m, *disk_shape)."""
@@ -190,8 +197,6 @@ class Field:
                     f"{where}: expected text of at most {target.itemsize // 4} characters, got {longest}; "
                     f"shorten it, or raise n in dtype U<n>"
                 )
-            if array.size and bool((np.strings.find(array, "\0") >= 0).any()):
-                raise RowError(f"{where}: text with a NUL character cannot be stored unchanged; remove it")
             return array
         if kind not in "biuf":
             raise RowError(
@@ -218,7 +223,7 @@ class Field:
         else:
             info = np.iinfo(target)
             if kind == "f":
-                wide = array.astype(np.float64)
+                wide = array.astype(np.promote_types(array.dtype, np.float64))  # a longdouble stays one
                 with np.errstate(invalid="ignore"):
                     # max + 1 is a power of two and exact; max itself is not, for 64 bits.
                     bad = ~((wide >= float(info.min)) & (wide < float(info.max + 1)) & (wide == np.floor(wide)))
@@ -248,23 +253,51 @@ class Field:
 
 def _as_array(value: Any, where: str) -> np.ndarray:
     """A numpy array of a Python scalar, a sequence, a numpy array or a torch tensor on any device."""
-    if hasattr(value, "detach") and hasattr(value, "cpu"):  # a torch tensor, without importing torch here
-        value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":
-            value = value.float()
-        value = value.resolve_conj().resolve_neg().numpy()
     if isinstance(value, np.ma.MaskedArray):
         raise RowError(f"{where}: a masked array would lose its mask; return .filled(...) or two keys")
     try:
+        if hasattr(value, "detach") and hasattr(value, "cpu"):  # a torch tensor, without importing torch here
+            value = value.detach().cpu()
+            if str(value.dtype) == "torch.bfloat16":
+                value = value.float()
+            value = value.resolve_conj().resolve_neg().numpy()
         array = np.asarray(value)
-    except (ValueError, TypeError) as error:
-        raise RowError(f"{where}: expected an array, got {type(value).__name__} ({error})") from None
+    except Exception as error:  # whatever the value's own conversion raises
+        raise RowError(
+            f"{where}: expected an array, got {type(value).__name__} ({error}); "
+            f"return plain numbers, numpy arrays or torch tensors"
+        ) from None
     if array.dtype.kind == "O":
         raise RowError(
             f"{where}: expected numbers or text, got {_show(value)} of type {type(value).__name__}; "
             f"return plain numbers, numpy arrays or torch tensors"
         )
     return array
+
+
+def _check_elements(value: Any, array: np.ndarray, target: str, where: str) -> None:
+    """`RowError` where numpy changed the elements of a Python scalar or sequence on the way into `array`.
+
+    It writes the 1 of ["a", 1] as text, cuts NULs off the end of text, and rounds the large int of [2**53 + 1, 0.5].
+    """
+    if isinstance(value, np.ndarray) or not (
+        array.dtype.kind == "U" or (array.dtype.kind == "f" and target not in "fU" and isinstance(value, (list, tuple)))
+    ):
+        return
+    given = np.asarray(value, dtype=object)
+    if given.shape != array.shape:
+        return  # a sequence of arrays; those have a dtype of their own
+    if array.dtype.kind == "f":
+        changed = np.asarray(given != array, bool) & ~np.isnan(array)
+        if bool(changed.any()):
+            raise RowError(f"{where}: {_first(changed, given)} loses digits beside floats; return one type of number")
+        return
+    for item in given.ravel():
+        if not isinstance(item, str):
+            kind = type(item).__name__
+            raise RowError(f"{where}: expected text, got {_show(item)} of type {kind}; return str values")
+        if "\0" in item:
+            raise RowError(f"{where}: text with a NUL character cannot be stored unchanged; remove it")
 
 
 def _first(bad: np.ndarray, array: np.ndarray) -> str:
@@ -300,6 +333,8 @@ class Spec:
                 raise SpecError("num_models: expected an int >= 1, it is missing; a spec without a design needs it")
         elif type(self.num_models) is not int or self.num_models < 1:
             raise SpecError(f"num_models: expected an int >= 1, got {_show(self.num_models)}")
+        elif self.num_models > MAX_ROWS:
+            raise SpecError(f"num_models: {_show(self.num_models)} rows; the limit is {MAX_ROWS:,}")
         if not self.schema:
             raise SpecError("schema: expected at least one key; name what a row holds")
         folded: dict[str, str] = {}
@@ -311,6 +346,8 @@ class Spec:
                     f"schema keys {folded[key.lower()]!r} and {key!r} differ only in case, and would be "
                     f"one file on some file systems; rename one"
                 )
+            if field.nbytes * (self.num_models or 1) > _MAX_FILE_BYTES:
+                raise SpecError(f"schema key {key!r}: {self.num_models:,} rows of {field.nbytes:,} bytes fit no file")
         object.__setattr__(self, "schema", MappingProxyType(dict(self.schema)))
 
     @classmethod
@@ -318,12 +355,13 @@ class Spec:
         """The spec of parsed JSON; every mistake is one `SpecError` that names its place."""
         if not isinstance(raw, dict):
             raise SpecError(f"expected a JSON object with 'schema', got {_show(raw)}")
-        _refuse_unknown(raw, _TOP, "")
-        if raw.get("format", FORMAT) != FORMAT:
+        found = raw.get("format", FORMAT)  # before anything else: a newer format may have keys that this version lacks
+        if type(found) is not int or found != FORMAT:
             raise SpecError(
-                f"format: this version writes format {FORMAT}, got {_show(raw['format'])}; "
+                f"format: this version reads and writes format {FORMAT}, got {_show(found)}; "
                 f"install the version of datamodels-store that wrote it, or newer"
             )
+        _refuse_unknown(raw, _TOP, "")
         if "schema" not in raw:
             raise SpecError('schema: missing; expected {"<key>": {"shape": [...], "dtype": "..."}, ...}')
         if not isinstance(raw["schema"], dict):
@@ -391,7 +429,8 @@ def _refuse_unknown(raw: Mapping[str, Any], known: Sequence[str], where: str) ->
 
 
 def read_json(path: Path) -> Any:
-    """Parsed JSON of a file. `SpecError` for a missing file, a syntax error, a name twice in one object, or NaN."""
+    """Parsed JSON of a file. `SpecError` for a missing file, a syntax error, a name twice in one object, or a number
+    that is not finite."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -404,13 +443,23 @@ def read_json(path: Path) -> Any:
     def constant(text: str) -> None:
         raise SpecError(f"{path}: {text} is not JSON; write a number")
 
+    def finite(text: str) -> float:
+        number = float(text)
+        if math.isinf(number):
+            raise SpecError(f"{path}: {text} is beyond the largest float64; write a smaller number")
+        return number
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        return json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_float=finite
+        )
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file; name a spec in JSON") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise SpecError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise SpecError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # an int of thousands of digits; thousands of brackets
+        raise SpecError(f"{path}: cannot be read as JSON ({error})") from None

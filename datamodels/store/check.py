@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datamodels.errors import StoreError
 from datamodels.store import commit as commits
 from datamodels.store.store import Store
 
@@ -26,7 +27,7 @@ class Problem:
 
 
 def verify(store: Store, progress: Callable[[int], object] = lambda count: None) -> Iterator[Problem]:
-    """Problems of all complete rows, in order; `progress` is told of bytes as they are checked."""
+    """Problems of all complete rows, in order, and of journals; `progress` is told of bytes as they are checked."""
     flags = np.frombuffer(store.layout.read(commits.COMPLETED_FILE, 0, store.num_models, 1), "u1")
     for flag in np.flatnonzero(flags > 1):
         yield Problem(int(flag), None, f"its completed flag is {flags[flag]}, neither 0 nor 1")
@@ -34,6 +35,11 @@ def verify(store: Store, progress: Callable[[int], object] = lambda count: None)
     for row, record in zip(rows, store.layout.row_records()[rows], strict=True):
         if not commits.row_record_intact(record, row) or record["state"] != commits.DONE:
             yield Problem(row, None, "its record in _rows.npy is damaged")
+    for row in commits.journals(store.layout):
+        try:
+            commits.read_journal(store.layout, row)
+        except StoreError as error:
+            yield Problem(row, None, str(error))
     for key, field in store.spec.schema.items():
         step = max(1, _CHUNK_BYTES // max(1, field.nbytes))
         for start in range(0, len(rows), step):

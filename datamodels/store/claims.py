@@ -12,6 +12,7 @@ measured by the observer's own monotonic clock.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -22,6 +23,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,6 +74,12 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
+def _now() -> float:
+    """Seconds on a clock that also runs while the machine sleeps, where there is one: a lease does not sleep."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
 class Run:
     """This process as one of a store's runs: its record, its heartbeat, its commit lock and the claims it holds."""
 
@@ -96,15 +104,27 @@ class Run:
             "beat": 0,
             **(describe or {}),
         }
-        for name in ("runs", "claims"):
-            (folder / name).mkdir(exist_ok=True)
+        self.pid = os.getpid()
+        self._commits = threading.Lock()
         self._lock_path = folder / "claims" / f"{self.id}.lock"
-        self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._last_beat = time.monotonic()
-        self._beat()
+        self._lock_fd = -1
+        self._last_beat = _now()
+        try:
+            for name in ("runs", "claims"):
+                (folder / name).mkdir(exist_ok=True)
+            self._lock_fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._beat()
+        except OSError as error:
+            self._close_lock()
+            raise StoreError(
+                f"{folder}: cannot enter this process as one of the store's runs: {error.strerror}; to claim or commit "
+                f"a row, the folder must be writable and have space"
+            ) from error
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat_for_ever, name="datamodels heartbeat", daemon=True)
         self._thread.start()
+        _RUNS.add(self)
+        atexit.register(self.close)
 
     # ------------------------------------------------------------------ life
 
@@ -115,7 +135,7 @@ class Run:
 
     def _beat(self) -> None:
         with self._mutex:
-            now = time.monotonic()
+            now = _now()
             self._record["beat"] = int(self._record["beat"]) + 1
             path = self.folder / "runs" / f"{self.id}.json"
             beside = path.with_name(f".{path.name}.partial")
@@ -125,18 +145,30 @@ class Run:
 
     def close(self, exit_status: int | None = None) -> None:
         """Give back what is held and write how it ended."""
-        if self._lock_fd < 0:
+        if self._lock_fd < 0 or os.getpid() != self.pid:  # what a process holds is not for its children to give back
             return
+        atexit.unregister(self.close)
         self._stop.set()
+        self._thread.join(timeout=5)
         for row in list(self.claims):
             self.release(row, done=False)
         self._record.update(finished=time.time(), exit=exit_status)
         with contextlib.suppress(OSError):
             self._beat()
-        with contextlib.suppress(FileNotFoundError):
-            self._lock_path.unlink()
-        os.close(self._lock_fd)
-        self._lock_fd = -1
+        self._close_lock()
+
+    def _close_lock(self) -> None:
+        if self._lock_fd >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self._lock_path)
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def forked(self) -> None:
+        """In a forked child: let go of the lock's descriptor, or the child would hold the lock after its parent."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
 
     # ---------------------------------------------------------------- claims
 
@@ -149,55 +181,53 @@ class Run:
             return True
         generation = 0
         while True:
-            try:
-                os.symlink(self.id, self.path(row, generation))
-            except FileExistsError:
-                holder = self.holder(row, generation)
-                if holder == self.id:  # our own link, acknowledged twice by a network file system
-                    self.claims[row] = generation
-                    return True
-                if holder is None:  # released between the two calls
-                    continue
-                if os.path.lexists(self.path(row, generation + 1)):
-                    generation += 1
-                    continue
-                taken = self._take_over(row, generation, holder)
-                if taken is None:
-                    generation += 1
-                    continue
-                return taken
-            except OSError as error:
-                raise StoreError(f"{self.path(row, generation)}: cannot claim the row: {error.strerror}") from error
-            else:
+            holder = self._link(row, generation)
+            if holder is None:  # released between two calls
+                continue
+            if os.path.lexists(self.path(row, generation + 1)):
+                if holder == self.id:  # made below one that is held: its lower ones were given back
+                    os.unlink(self.path(row, generation))
+                generation += 1
+            elif holder == self.id:
                 self.claims[row] = generation
                 return True
+            else:
+                with self._overtaking(holder) as allowed:
+                    if not allowed:
+                        return False
+                    self._link(row, generation + 1)
+                generation += 1
+
+    def _link(self, row: int, generation: int) -> str | None:
+        """Make a claim unless there is one; whose it is, or None where it went away meanwhile."""
+        try:
+            os.symlink(self.id, self.path(row, generation))
+        except FileExistsError:
+            return self.holder(row, generation)
+        except OSError as error:
+            raise StoreError(f"{self.path(row, generation)}: cannot claim the row: {error.strerror}") from error
+        return self.id
 
     def holder(self, row: int, generation: int) -> str | None:
         try:
             return os.readlink(self.path(row, generation))
-        except OSError:
+        except FileNotFoundError:
             return None
-
-    def _take_over(self, row: int, generation: int, holder: str) -> bool | None:
-        """True: taken. False: the holder lives, or is committing. None: somebody else took it first."""
-        if not self._gone(holder):
-            return False
-        with self._lock_of(holder) as free:
-            if not free:
-                return False
-            try:
-                os.symlink(self.id, self.path(row, generation + 1))
-            except FileExistsError:
-                return None
-        self.claims[row] = generation + 1
-        return True
+        except OSError as error:
+            raise StoreError(
+                f"{self.path(row, generation)}: not a claim of this package ({error.strerror}); move it away"
+            ) from None
 
     @contextlib.contextmanager
-    def _lock_of(self, holder: str) -> Iterator[bool]:
-        """Holds another run's commit lock, so that it cannot be in the middle of a commit on this host."""
+    def _overtaking(self, holder: str) -> Iterator[bool]:
+        """Whether the rows of another run may be taken. While this lasts it cannot be in a commit on this host."""
+        if not self._gone(holder):
+            yield False
+            return
+        lock = self.folder / "claims" / f"{holder}.lock"
         try:
-            fd = os.open(self.folder / "claims" / f"{holder}.lock", os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
             yield True
             return
         try:
@@ -209,17 +239,23 @@ class Run:
             except OSError:  # a file system without locks; the holder's heartbeat has decided
                 pass
             yield True
+            if self._dead(holder):
+                with contextlib.suppress(OSError):
+                    os.unlink(lock)
         finally:
             os.close(fd)
+
+    def _dead(self, holder: str) -> bool:
+        """Whether a run has certainly ended; one of another host that is merely silent has not."""
+        return ended(self.record(holder))
 
     def _gone(self, holder: str) -> bool:
         """Whether a run has ended: known at once on this host, by its heartbeat standing still elsewhere."""
         record = self.record(holder)
-        if record is not None and record.get("finished"):
+        if ended(record):
             return True
-        alive = _alive(record)
-        if alive is not None:
-            return not alive
+        if _alive(record):
+            return False
         beat = None if record is None else record.get("beat")
         before, since = self._seen.setdefault(holder, (beat, time.monotonic()))
         if before != beat:
@@ -229,11 +265,7 @@ class Run:
         return time.monotonic() - since > self.time_to_live
 
     def record(self, run: str) -> dict[str, Any] | None:
-        try:
-            record = json.loads((self.folder / "runs" / f"{run}.json").read_text())
-        except (OSError, ValueError):
-            return None
-        return record if isinstance(record, dict) else None
+        return run_record(self.folder, run)
 
     def undecided(self, row: int) -> bool:
         """Whether the row is held by a run of another host that has not been seen to move, and may be gone."""
@@ -250,12 +282,7 @@ class Run:
 
     def held(self, rows: Sequence[int]) -> None:
         """`ClaimLost` unless this run holds every one of `rows`, and on a network file system within its lease."""
-        if self.network and time.monotonic() - self._last_beat > self.time_to_live / 2:
-            raise ClaimLost(
-                f"row {rows[0]}: this process has not renewed its lease for half of "
-                f"{self.time_to_live:g} s, so another host may have taken the row; its values are not "
-                f"written"
-            )
+        self._within_lease(rows)
         for row in rows:
             generation = self.claims.get(row)
             if (
@@ -266,26 +293,96 @@ class Run:
                 self.claims.pop(row, None)
                 raise ClaimLost(f"row {row}: another worker holds it now; its values are not written")
 
+    def _within_lease(self, rows: Sequence[int]) -> None:
+        if self.network and _now() - self._last_beat > self.time_to_live / 2:
+            raise ClaimLost(
+                f"row {rows[0]}: this process has not renewed its lease for half of "
+                f"{self.time_to_live:g} s, so another host may have taken the row; its values are not "
+                f"written"
+            )
+
     @contextlib.contextmanager
     def committing(self, rows: Sequence[int]) -> Iterator[Callable[[], None]]:
         """The commit lock, with `rows` checked under it; yields the guard to call before every write."""
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-        try:
-            self.held(rows)
-            yield (lambda: self.held(rows)) if self.network else (lambda: None)
-        finally:
+        looked = _now()
+
+        def guard() -> None:
+            # Within the lease nobody can have taken a row, so looking at all of them can be rarer.
+            nonlocal looked
+            self._within_lease(rows)
+            if _now() - looked > 1:
+                self.held(rows)
+                looked = _now()
+
+        with self._commits:  # a thread of this process would share the lock's descriptor, and so the lock
             with contextlib.suppress(OSError):
-                fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            try:
+                self.held(rows)
+                yield guard if self.network else (lambda: None)
+            finally:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
     def release(self, row: int, *, done: bool) -> None:
-        """Give a row back. Only a row that is done is freed of its older generations: nobody will run it again."""
+        """Give a row back, and with it the older generations of a row that is done, or whose holders are all dead."""
         generation = self.claims.pop(row, None)
         if generation is None:
             return
-        for number in range(generation, -1, -1) if done else (generation,):
-            with contextlib.suppress(OSError):
-                os.unlink(self.path(row, number))
+        with contextlib.suppress(OSError, StoreError):
+            if os.path.lexists(self.path(row, generation + 1)):
+                return  # overtaken; with a hole below it, the higher claim would not be found
+            older = range(generation)
+            if not done and not all(self._dead(self.holder(row, number) or "") for number in older):
+                older = range(0)
+            for number in (*older, generation):  # the highest last: it is the one that keeps others out
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path(row, number))
+
+
+_RUNS: weakref.WeakSet[Run] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for run in list(_RUNS):
+        run.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def run_record(folder: Path, run: str) -> dict[str, Any] | None:
+    """What a run says of itself, or None where it cannot be read."""
+    try:
+        record = json.loads((folder / "runs" / f"{run}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def ended(record: dict[str, Any] | None) -> bool:
+    """Whether a run is over for certain: it said so, or its process on this host is gone."""
+    return record is not None and (bool(record.get("finished")) or _alive(record) is False)
+
+
+def claimed(folder: Path, names: Sequence[str]) -> dict[int, str]:
+    """Rows of the claims named, each with the run of the highest generation, but not those of runs that have ended."""
+    top: dict[int, int] = {}
+    for name in names:
+        row, _, generation = name.partition(".")
+        if row.isdecimal() and generation.isdecimal():
+            top[int(row)] = max(int(generation), top.get(int(row), 0))
+    holders: dict[int, str] = {}
+    over: dict[str, bool] = {}
+    for number, highest in top.items():
+        with contextlib.suppress(OSError):
+            run = os.readlink(folder / "claims" / f"{number}.{highest}")
+            if run not in over:
+                over[run] = ended(run_record(folder, run))
+            if not over[run]:
+                holders[number] = run
+    return holders
 
 
 def _alive(record: dict[str, Any] | None) -> bool | None:

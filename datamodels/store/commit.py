@@ -7,6 +7,7 @@ or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodels.errors import StoreError
+from datamodels.errors import DatamodelsError, StoreError
 from datamodels.spec import COMPLETED, Field
 from datamodels.store.disk import Disk
 
@@ -86,20 +87,28 @@ class Layout:
     def _structured(self, name: str, rows: Sequence[int] | None, dtype: np.dtype[Any]) -> np.ndarray:
         if rows is None:
             return np.frombuffer(self.read(name, 0, self.num_models, dtype.itemsize), dtype)
-        if not len(rows):
-            return np.empty(0, dtype)
-        parts = [
-            self.read(name, rows[start], rows[stop - 1] - rows[start] + 1, dtype.itemsize)
-            for start, stop in spans(rows)
-        ]
-        return np.frombuffer(b"".join(parts), dtype)
+        return np.frombuffer(b"".join(self.pick(name, rows, dtype.itemsize)), dtype)
+
+    def pick(self, name: str, rows: Sequence[int], itemsize: int) -> list[memoryview]:
+        """The bytes of each of some rows, which ascend; rows that are near each other are read together."""
+        if not itemsize:
+            return [memoryview(b"")] * len(rows)
+        out: list[memoryview] = []
+        for start, stop in spans(rows, gap=max(1, _GAP_BYTES // itemsize)):
+            first = rows[start]
+            raw = memoryview(self.read(name, first, rows[stop - 1] - first + 1, itemsize))
+            out += [raw[(row - first) * itemsize : (row - first + 1) * itemsize] for row in rows[start:stop]]
+        return out
 
 
-def spans(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of adjacent rows, as half-open ranges of positions in `rows`."""
+_GAP_BYTES = 4096  # what is read for nothing costs less than one more open, pread and close
+
+
+def spans(rows: Sequence[int], *, gap: int = 0) -> Iterator[tuple[int, int]]:
+    """Runs of rows with at most `gap` others between two of them, as half-open ranges of positions in `rows`."""
     start = 0
     for i in range(1, len(rows) + 1):
-        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+        if i == len(rows) or rows[i] - rows[i - 1] > gap + 1:
             yield start, i
             start = i
 
@@ -137,6 +146,20 @@ def problem(record: np.void, key: str, row: int, blob: bytes | memoryview) -> st
         return "it was never written"
     if zlib.crc32(blob) != record["crc32"]:
         return "its bytes are not what was committed (checksum)"
+    return None
+
+
+def first_problem(
+    records: np.ndarray, key: str, rows: Sequence[int], blobs: Sequence[bytes | memoryview]
+) -> tuple[int, str] | None:
+    """The first of some rows whose key is not as committed, and what is wrong; without numpy's cost per record."""
+    raw, name, crc = records.tobytes(), record_file(key).encode(), zlib.crc32
+    for i, (row, (status, _, crc32, check), blob) in enumerate(
+        zip(rows, struct.iter_unpack("<IIII", raw), blobs, strict=True)
+    ):
+        intact = check == crc(raw[16 * i : 16 * i + 12], crc(name, crc(struct.pack("<q", row))))
+        if not intact or status != VALID or crc(blob) != crc32:
+            return row, problem(records[i], key, row, blob) or "its record is damaged"
     return None
 
 
@@ -196,8 +219,15 @@ def commit(
     )
     layout.disk.sync([*(record_file(key) for key in blobs), ROWS_FILE])
 
-    layout.write(COMPLETED_FILE, rows, [b"\1"] * len(rows), guard)
-    layout.disk.sync([COMPLETED_FILE])
+    try:
+        layout.write(COMPLETED_FILE, rows, [b"\1"] * len(rows), guard)
+        layout.disk.sync([COMPLETED_FILE])
+    except StoreError:
+        # This machine sees the flags and the disk may not have them. A retry that found them set would call the rows
+        # done without ever having synced them, so they are taken back.
+        with contextlib.suppress(DatamodelsError):
+            layout.write(COMPLETED_FILE, rows, [b"\0"] * len(rows), guard)
+        raise
 
 
 def _invalidate(layout: Layout, rows: Sequence[int], guard: Callable[[], None]) -> None:
@@ -240,27 +270,40 @@ def write_journal(layout: Layout, row: int, blobs: Mapping[str, bytes], info: Ro
 
 def apply_journal(layout: Layout, row: int, guard: Callable[[], None] = _nothing) -> None:
     """Commit the values that a journal holds, and remove it. Doing it twice is doing it once."""
-    name = f"{JOURNAL}/{row}"
-    raw = layout.disk.read(name, 0, _journal_size(layout, name))
-    if not raw.startswith(_MAGIC) or zlib.crc32(raw[:-4]) != struct.unpack("<I", raw[-4:])[0]:
-        raise StoreError(
-            f"{name}: this journal of a replaced row is damaged; the row keeps what it has; remove the file"
+    run, info, blobs = read_journal(layout, row)
+    commit(layout, [row], {key: [blob] for key, blob in blobs.items()}, [info], run, guard)
+    layout.disk.remove(f"{JOURNAL}/{row}")
+
+
+def read_journal(layout: Layout, row: int) -> tuple[str, RowInfo, dict[str, bytes]]:
+    """(run, info, bytes per key) of a row's journal. `StoreError` unless it is whole and fits the row and the spec."""
+    name, start = f"{JOURNAL}/{row}", len(_MAGIC) + 4
+    try:
+        # The interface has positioned reads and nothing else, so the size comes from the head.
+        (length,) = struct.unpack("<I", layout.disk.read(name, len(_MAGIC), 4))
+        head = json.loads(layout.disk.read(name, start, length))
+        sizes = {str(key): int(size) for key, size in head["keys"]}
+        raw = layout.disk.read(name, 0, start + length + sum(sizes.values()) + 4)
+        whole = raw.startswith(_MAGIC) and zlib.crc32(raw[:-4]) == struct.unpack("<I", raw[-4:])[0]
+        fits = head["row"] == row and all(
+            sizes[key] == field.nbytes if key in sizes else not field.required for key, field in layout.fields.items()
         )
-    start = len(_MAGIC) + 4
-    length = struct.unpack("<I", raw[len(_MAGIC) : start])[0]
-    head = json.loads(raw[start : start + length])
+        if not whole or not fits or not set(sizes) <= set(layout.fields):
+            raise ValueError
+        run, info = str(head["run"]), RowInfo(int(head["attempts"]), float(head["started"]), int(head["seed"]))
+    except (ValueError, KeyError, TypeError, OverflowError, MemoryError, struct.error):
+        raise StoreError(
+            f"{name}: this journal of a replaced row is damaged; remove the file, and run the row again if it is not "
+            f"complete"
+        ) from None
     offset, blobs = start + length, {}
-    for key, size in head["keys"]:
-        blobs[key] = [raw[offset : offset + size]]
+    for key, size in sizes.items():
+        blobs[key] = raw[offset : offset + size]
         offset += size
-    info = RowInfo(head["attempts"], head["started"], head["seed"])
-    commit(layout, [row], blobs, [info], head["run"], guard)
-    layout.disk.remove(name)
+    return run, info, blobs
 
 
-def _journal_size(layout: Layout, name: str) -> int:
-    """Total size from the head alone: the interface has positioned reads and nothing else."""
-    start = len(_MAGIC) + 4
-    length = struct.unpack("<I", layout.disk.read(name, len(_MAGIC), 4))[0]
-    head = json.loads(layout.disk.read(name, start, length))
-    return int(start + length + sum(size for _, size in head["keys"]) + 4)
+def journals(layout: Layout) -> list[int]:
+    """Rows of which a journal is left, by a crash or by somebody who is at work."""
+    names = layout.disk.list(JOURNAL)
+    return sorted(row for row in (int(n) for n in names if n.isdecimal() and n.isascii()) if row < layout.num_models)

@@ -45,6 +45,9 @@ _LOCAL = frozenset(
 )
 
 
+_READ_AT_ONCE = 1 << 30  # Python allocates what it asks for, and the kernel gives at most 2 GiB
+
+
 class Disk(Protocol):
     """What a store needs of a folder; names are relative to it. The crash simulator in the tests is another one."""
 
@@ -84,13 +87,15 @@ class PosixDisk:
     """A folder of a POSIX file system.
 
     `sync=False` leaves durability to the kernel: rows survive the death of a process, not of the machine. On a
-    network file system every write is synchronous regardless, for correctness and not only for durability.
+    network file system every write is synchronous regardless, for correctness and not only for durability; `network`
+    says whether it is one, None is to find out.
     """
 
-    def __init__(self, root: Path, *, sync: bool = True):
+    def __init__(self, root: Path, *, sync: bool = True, network: bool | None = None):
         self.root, self._root = root, str(root)  # pathlib is too slow for what is done several times a row
-        kind = filesystem(root)
-        self.network = kind not in _LOCAL and os.path.exists("/proc/self/mountinfo")
+        if network is None:  # find out
+            network = filesystem(root) not in _LOCAL and os.path.exists("/proc/self/mountinfo")
+        self.network = network
         self.durable = sync
         self._flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_DSYNC if self.network else 0)
         self._fds: dict[str, int] = {}
@@ -102,12 +107,8 @@ class PosixDisk:
     def _fd(self, name: str) -> int:
         fd = self._fds.get(name)
         if fd is None:
-            try:
+            with _explained(self.root, name):
                 fd = os.open(self.root / name, self._flags)
-            except FileNotFoundError:
-                raise StoreError(
-                    f"{self.root / name}: this file of the store is missing; restore it, or initialise a new store"
-                ) from None
             self._fds[name] = fd
         return fd
 
@@ -115,10 +116,7 @@ class PosixDisk:
         """Write all of `data` at `offset` of an existing file."""
         fd = self._fd(name)
         with _explained(self.root, name):
-            view = memoryview(data)
-            while view:
-                done = os.pwrite(fd, view, offset)
-                view, offset = view[done:], offset + done
+            _write_all(fd, data, offset)
 
     def sync(self, names: Iterable[str]) -> None:
         """Make every write to `names` so far survive power loss; an error here is an error of the commit."""
@@ -129,68 +127,65 @@ class PosixDisk:
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` through a fresh descriptor, as network file systems ask for a fresh look."""
-        try:
+        with _explained(self.root, name, "the read failed"):
             fd = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise StoreError(
-                f"{self.root / name}: this file of the store is missing; restore it, or initialise a new store"
-            ) from None
-        try:
-            parts, left = [], size
-            while left:
-                part = os.pread(fd, left, offset)
-                if not part:
-                    raise StoreError(
-                        f"{self.root / name}: ends at byte {offset}, expected {left} more; the file was "
-                        f"cut short; restore it, or initialise a new store"
-                    )
-                parts.append(part)
-                left, offset = left - len(part), offset + len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-        finally:
-            os.close(fd)
+            try:
+                parts, left = [], size
+                while left:
+                    part = os.pread(fd, min(left, _READ_AT_ONCE), offset)
+                    if not part:
+                        raise StoreError(
+                            f"{self.root / name}: ends at byte {offset}, expected {left} more; the file was "
+                            f"cut short; restore it, or initialise a new store"
+                        )
+                    parts.append(part)
+                    left, offset = left - len(part), offset + len(part)
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            finally:
+                os.close(fd)
 
     def create(self, name: str, head: bytes, size: int, *, reserve: bool) -> None:
         """A new file of `size` bytes that begins with `head` and continues with zeros. It must not exist."""
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            with _explained(self.root, name):
+        with _explained(self.root, name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
                 if reserve:
                     _reserve(fd, size)
                 os.ftruncate(fd, size)
-                os.pwrite(fd, head, 0)
+                _write_all(fd, head, 0)
                 if self.durable:
                     os.fsync(fd)
-        finally:
-            os.close(fd)
+            finally:
+                os.close(fd)
 
     def put(self, name: str, data: bytes) -> None:
         """A file with `data`, whole or not at all, replacing what was there; durable when this returns."""
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-        try:
-            with _explained(self.root, name):
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(fd, view) :]
-                if self.durable:
-                    os.fsync(fd)
-        except BaseException:
-            os.unlink(beside)
-            raise
-        finally:
-            os.close(fd)
-        os.replace(beside, path)
-        self.sync_folder(path.parent)
+        with _explained(self.root, name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+                try:
+                    _write_all(fd, data, 0)
+                    if self.durable:
+                        os.fsync(fd)
+                finally:
+                    os.close(fd)
+                os.replace(beside, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(beside)
+                raise
+            self.sync_folder(path.parent)
 
     def remove(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.root / name)
-            self.sync_folder((self.root / name).parent)
+        path = self.root / name
+        with _explained(self.root, name, "it could not be removed"), contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            self.sync_folder(path.parent)
 
     def list(self, name: str) -> list[str]:
         """Names of the files in a folder that do not begin with a dot; none where the folder is missing."""
@@ -212,21 +207,36 @@ class PosixDisk:
 
 
 @contextlib.contextmanager
-def _explained(folder: Path, name: str) -> Iterator[None]:
+def _explained(folder: Path, name: str, otherwise: str = "the write did not happen") -> Iterator[None]:
     """System errors as a `StoreError` that names the file and what to do."""
     try:
         yield
+    except FileNotFoundError:
+        raise StoreError(
+            f"{folder / name}: this file of the store is missing; restore it, or initialise a new store"
+        ) from None
     except OSError as error:
         hint = {
             errno.ENOSPC: "the disk is full; free space and run it again",
             errno.EDQUOT: "your quota is used up; free space and run it again",
             errno.EIO: "the disk reported an error; check it before you go on",
-            errno.EACCES: "no permission to write there",
+            errno.EACCES: "you have no permission there",
+            errno.EFBIG: "larger than a file may be here (ulimit -f, or the file system's limit)",
             errno.EROFS: "the file system is read-only",
         }
         raise StoreError(
-            f"{folder / name}: {error.strerror}: {hint.get(error.errno or 0, 'the write did not happen')}"
+            f"{folder / name}: {error.strerror}: {hint.get(error.errno or 0, otherwise)}"
         ) from error
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    """All of `data` at `offset`; the kernel may take less at a time."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        if not done:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        view, offset = view[done:], offset + done
 
 
 def _reserve(fd: int, size: int) -> None:

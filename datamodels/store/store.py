@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
+import fcntl
 import io
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -19,15 +20,17 @@ from typing import Any, Self
 import numpy as np
 
 from datamodels.design import Assignment, Design, check_index, resolve
-from datamodels.errors import RowError, SpecError, StoreError
+from datamodels.errors import ClaimLost, RowError, SpecError, StoreError
 from datamodels.spec import COMPLETED, Field, Spec, nearest
 from datamodels.store import commit as commits
-from datamodels.store.claims import TIME_TO_LIVE, Run, describe_process
+from datamodels.store.claims import TIME_TO_LIVE, Process, Run, claimed, describe_process
 from datamodels.store.commit import COMPLETED_FILE, KEY_RECORD, ROW_RECORD, ROWS_FILE, Layout, RowInfo
 from datamodels.store.disk import PosixDisk
 
 SPEC_FILE, MARKER = "spec.json", "spec.json.partial"
-_READ_BYTES = 1 << 26
+_FOLDERS = ("claims", "runs", "workers")
+_READ_BYTES, _READ_ROWS = 1 << 26, 1 << 14
+_SIDE = re.compile(r"\.?([0-9]+)(\.[0-9]+\.partial)?")  # a journal, or one that was not finished
 
 
 @dataclass(frozen=True)
@@ -85,21 +88,19 @@ class Store:
             raise SpecError(f"{where}{error}") from None
         spec = resolved.spec
         assert spec.num_models is not None
+        try:
+            text = json.dumps(spec.to_json(), indent=1, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise SpecError(f"{where}design: cannot be kept as JSON ({error})") from None
         _refuse_existing(path, spec)
         try:
+            there = path.exists()
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{path}: cannot make the folder: {error.strerror}") from error
-        disk = PosixDisk(path, sync=sync)
-        made: list[str] = []
-        try:
-            with _initialising(path):
-                _refuse_existing(path, spec)
+            disk = PosixDisk(path, sync=sync)
+            with _initialising(path, spec, there=there, network=disk.network), contextlib.closing(disk):
                 for name, dtype, shape in _files(spec):
                     head = _head(dtype, (spec.num_models, *shape))
                     size = len(head) + spec.num_models * dtype.itemsize * int(np.prod(shape, dtype=object))
-                    (path / name).unlink(missing_ok=True)  # of an initialisation that was interrupted
-                    made.append(name)
                     try:
                         disk.create(name, head, size, reserve=reserve)
                     except StoreError as error:
@@ -107,22 +108,16 @@ class Store:
                         raise StoreError(
                             f"{error}; {name} needs {size:,} bytes, {free:,} are free in {path}"
                         ) from error
-                for inside, source in resolved.files.items():
-                    made.append(inside)
-                    disk.put(inside, source.read_bytes())
-                for folder in ("claims", "runs", "workers"):
+                for inside, content in resolved.files.items():
+                    disk.put(inside, content)
+                for folder in _FOLDERS:
                     (path / folder).mkdir(exist_ok=True)
-                disk.put(f".{SPEC_FILE}.new", (json.dumps(spec.to_json(), indent=1) + "\n").encode())
+                    disk.sync_folder(path / folder)
+                disk.put(f".{SPEC_FILE}.new", text.encode())
                 _publish(path / f".{SPEC_FILE}.new", path / SPEC_FILE)
                 disk.sync_folder(path)
-        except StoreError:
-            if not (path / SPEC_FILE).exists():
-                for name in made:
-                    with contextlib.suppress(OSError):
-                        (path / name).unlink()
-            raise
-        finally:
-            disk.close()
+        except OSError as error:
+            raise StoreError(f"{path}: cannot make the store: {error.strerror or error}") from error
         return cls.open(path, sync=sync)
 
     @classmethod
@@ -141,7 +136,7 @@ class Store:
                 else "it is not a folder"
                 if not path.is_dir()
                 else "its initialisation did not finish; run it again"
-                if (path / MARKER).exists()
+                if os.path.lexists(path / MARKER)
                 else "it has no spec.json, so it was not made by this package"
                 if (path / COMPLETED_FILE).exists()
                 else "it has no spec.json"
@@ -161,32 +156,43 @@ class Store:
         }
         disk = PosixDisk(path, sync=sync)
         store = cls(path, spec, design, Layout(disk, spec.schema, spec.num_models, heads), disk, time_to_live)
-        store.recover()
+        with contextlib.suppress(StoreError, ClaimLost):  # reading goes on; `verify` tells of what is left
+            store.recover()
         return store
 
     def recover(self) -> list[int]:
-        """Finish replacements that a crash interrupted; the rows concerned. Rows that are held are left to the holder."""
-        rows = []
-        for name in self.disk.list(commits.JOURNAL):
-            row = int(name)
-            if os.access(self.path, os.W_OK) and self.run.take(row):
-                try:
-                    if (self.path / commits.JOURNAL / name).exists():
-                        with self.run.committing([row]) as guard:
-                            commits.apply_journal(self.layout, row, guard)
+        """Finish replacements that a crash interrupted; the rows concerned. A row that is held is left to its holder.
+
+        Raises `StoreError` for a journal that is damaged, or where the disk refuses.
+        """
+        rows: list[int] = []
+        try:
+            names = os.listdir(self.path / commits.JOURNAL)
+        except FileNotFoundError:
+            return rows
+        for row in sorted({int(match[1]) for name in names if (match := _SIDE.fullmatch(name))}):
+            # A store of somebody else's, opened to be read, stays as it is.
+            if row >= self.num_models or not os.access(self.path, os.W_OK) or not self.run.take(row):
+                continue
+            try:
+                with self.run.committing([row]) as guard:
+                    if (self.path / commits.JOURNAL / str(row)).exists():
+                        commits.apply_journal(self.layout, row, guard)
                         rows.append(row)
-                finally:
-                    self.run.release(row, done=False)
+                    for name in names:
+                        if name.startswith(f".{row}."):
+                            self.disk.remove(f"{commits.JOURNAL}/{name}")
+            finally:
+                self.run.release(row, done=False)
         return rows
 
     @property
     def run(self) -> Run:
         """This process as a run of the store; made when first asked for, closed with the store or the process."""
-        if self._run is None:
+        if self._run is None or self._run.pid != os.getpid():  # a forked child is a run of its own
             self._run = Run(
                 self.path, network=self.disk.network, time_to_live=self._time_to_live, describe=describe_process()
             )
-            atexit.register(_close_unless_forked, self._run, os.getpid())
         return self._run
 
     def close(self, exit_status: int | None = None) -> None:
@@ -228,61 +234,64 @@ class Store:
         or whose bytes are not what was committed.
         """
         field = self.field(key)
-        completed = self.completed()
+        flags = np.frombuffer(self.layout.read(COMPLETED_FILE, 0, self.num_models, 1), "u1")
+        if flags.max() > 1:
+            row = int(np.argmax(flags > 1))
+            flag = f"its completed flag is {flags[row]}, neither 0 nor 1"
+            raise StoreError(f"{self.path}: row {row}: {flag}; run it again")
+        completed = flags == 1
         if rows is None and not field.required:
             completed &= self.layout.records(key)["status"] == commits.VALID
-        wanted = (
-            np.flatnonzero(completed)
-            if rows is None
-            else np.array([check_index(row, self.num_models) for row in rows], dtype=np.int64)
-        )
+        wanted = np.flatnonzero(completed) if rows is None else self._indices(rows)
         missing = wanted[~completed[wanted]]
         if len(missing):
             raise StoreError(
                 f"{self.path}: row {missing[0]} is not complete ({len(missing)} of the {len(wanted)} rows "
                 f"asked for); run the workers, or ask for complete rows only"
             )
-        order = np.argsort(wanted, kind="stable")
         distinct, position = np.unique(wanted, return_inverse=True)
         out = np.empty((len(distinct), *field.shape), field.value_dtype)
-        step = max(1, _READ_BYTES // max(1, field.nbytes))
+        step = min(_READ_ROWS, max(1, _READ_BYTES // max(1, field.nbytes)))
         for start in range(0, len(distinct), step):
-            chunk = [int(r) for r in distinct[start : start + step]]
+            chunk = distinct[start : start + step].tolist()
             out[start : start + len(chunk)] = self._checked(field, chunk)
-        return out if len(order) == len(distinct) and np.array_equal(distinct, wanted) else out[position]
+        return out if np.array_equal(distinct, wanted) else out[position]
+
+    def _indices(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """`rows` as int64. `RowError` unless each is an int in [0, num_models)."""
+        if isinstance(rows, np.ndarray) and rows.ndim == 1 and rows.dtype.kind in "iu" and len(rows):
+            for row in (rows.min(), rows.max()):
+                check_index(row, self.num_models)
+            return rows.astype(np.int64)
+        try:
+            listed = list(rows)
+        except TypeError:
+            raise RowError(f"rows: expected a sequence of ints, got {rows!r}") from None
+        return np.array([check_index(row, self.num_models) for row in listed], dtype=np.int64)
 
     def _checked(self, field: Field, rows: list[int]) -> np.ndarray:
         blobs = self.blobs(field, rows)
-        for row, record, blob in zip(rows, self.layout.records(field.name, rows), blobs, strict=True):
-            problem = commits.problem(record, field.name, row, blob)
-            if problem:
-                raise StoreError(
-                    f"{self.path}: row {row}, {field.name!r}: {problem}; run it again with "
-                    f"--worker.index={row} --worker.do_if_complete"
-                )
+        found = commits.first_problem(self.layout.records(field.name, rows), field.name, rows, blobs)
+        if found:
+            row, problem = found
+            raise StoreError(
+                f"{self.path}: row {row}, {field.name!r}: {problem}; run it again with "
+                f"--worker.index={row} --worker.do_if_complete"
+            )
         stored = np.frombuffer(b"".join(blobs), field.disk_dtype).reshape(len(rows), *field.disk_shape)
         return field.decode(stored)
 
     def blobs(self, field: Field, rows: list[int]) -> list[memoryview]:
         """The bytes of `rows`, ascending, as they stand on disk; unchecked."""
-        out: list[memoryview] = []
-        for start, stop in commits.spans(rows):
-            raw = memoryview(
-                self.layout.read(commits.key_file(field.name), rows[start], stop - start, field.nbytes)
-                if field.nbytes
-                else b""
-            )
-            out += [raw[i * field.nbytes : (i + 1) * field.nbytes] for i in range(stop - start)]
-        return out
+        return self.layout.pick(commits.key_file(field.name), rows, field.nbytes)
 
     def status(self, *, failures: int = 20) -> Status:
         """How far the store is; at most `failures` failed rows are described."""
         completed = self.completed()
         records = self.layout.row_records()
-        held = {int(name.partition(".")[0]) for name in self.disk.list("claims") if name.partition(".")[0].isdigit()}
         running = np.zeros(self.num_models, bool)
-        running[[row for row in held if row < self.num_models]] = True
-        running &= ~completed & (records["state"] != commits.FAILED)  # a worker that died leaves its claims behind
+        running[[row for row in claimed(self.path, self.disk.list("claims")) if row < self.num_models]] = True
+        running &= ~completed & (records["state"] != commits.FAILED)
         failed = np.flatnonzero((records["state"] == commits.FAILED) & ~completed)
         shown = tuple(
             Failure(int(row), int(records["attempts"][row]), self.last_error(int(row))) for row in failed[:failures]
@@ -353,19 +362,22 @@ class Store:
         ClaimLost : somebody else holds one of the rows.
         StoreError : the disk refused; each row is incomplete, or complete and exact.
         """
-        numbers = [check_index(row, self.num_models) for row in rows]
+        numbers: list[int] = self._indices(rows).tolist()
         if len(set(numbers)) != len(numbers):
             raise RowError(f"rows: {_twice(numbers)} stands twice in one commit")
         for key, values in arrays.items():
-            if not hasattr(values, "__len__") or len(values) != len(numbers):
-                raise RowError(
-                    f"{key!r}: expected a leading axis of {len(numbers)} rows, got "
-                    f"{len(values) if hasattr(values, '__len__') else type(values).__name__}"
-                )
+            try:
+                if isinstance(values, (str, bytes, Mapping)):
+                    raise TypeError
+                given = str(len(values))
+            except TypeError:  # a scalar array has __len__ and no length
+                given = f"a {type(values).__name__}"
+            if given != str(len(numbers)):
+                raise RowError(f"{key!r}: expected a leading axis of {len(numbers)} rows, got {given}")
         encoded = {}
         for position, row in enumerate(numbers):
-            given = {key: values[position] for key, values in arrays.items()}
-            encoded[row] = self.encode(row, {**self._audit_missing(row, given), **given})
+            mine = {key: values[position] for key, values in arrays.items()}
+            encoded[row] = self.encode(row, {**self._audit_missing(row, mine), **mine})
         self.commit_encoded(encoded, replace=replace)
 
     def _audit_missing(self, row: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -382,7 +394,7 @@ class Store:
         try:
             for row in borrowed:
                 if not self.run.take(row):
-                    raise RowError(f"row {row}: another worker is running it; wait for it, or stop it")
+                    raise ClaimLost(f"row {row}: another worker is running it; wait for it, or stop it")
             with self.run.committing(rows) as guard:
                 complete = self.layout.completed(rows)
                 old = [row for row, flag in zip(rows, complete, strict=True) if flag]
@@ -393,9 +405,9 @@ class Store:
                     )
                 infos = self._infos(rows)
                 for row in old:
-                    commits.write_journal(self.layout, row, encoded[row], infos[row], self.run.id)
-                    commits.apply_journal(self.layout, row, guard)
+                    self._replace(row, encoded[row], infos[row], guard)
                 fresh = [row for row, flag in zip(rows, complete, strict=True) if not flag]
+                stale = set(commits.journals(self.layout)).intersection(fresh)
                 for keys in sorted({tuple(encoded[row]) for row in fresh}):
                     batch = [row for row in fresh if tuple(encoded[row]) == keys]
                     commits.commit(
@@ -406,9 +418,23 @@ class Store:
                         self.run.id,
                         guard,
                     )
+                for row in stale:  # a replacement that a crash cut short; applied later, it would undo this commit
+                    self.disk.remove(f"{commits.JOURNAL}/{row}")
         finally:
             for row in borrowed:
                 self.run.release(row, done=False)
+
+    def _replace(self, row: int, blobs: Mapping[str, bytes], info: RowInfo, guard: Callable[[], None]) -> None:
+        guard()
+        commits.write_journal(self.layout, row, blobs, info, self.run.id)
+        try:
+            commits.apply_journal(self.layout, row, guard)
+        except ClaimLost:
+            # The row is another's now, and whoever opens the store would apply what was meant for it before.
+            with contextlib.suppress(StoreError):
+                if commits.read_journal(self.layout, row)[0] == self.run.id:
+                    self.disk.remove(f"{commits.JOURNAL}/{row}")
+            raise
 
     def _infos(self, rows: list[int]) -> dict[int, RowInfo]:
         now = time.time()
@@ -466,12 +492,6 @@ class Store:
         return tuple(key for key, field in self.spec.schema.items() if field.required)
 
 
-def _close_unless_forked(run: Run, owner: int) -> None:
-    """A forked child must not close its parent's run."""
-    if os.getpid() == owner:
-        run.close()
-
-
 def _twice(numbers: list[int]) -> int:
     return next(n for n in numbers if numbers.count(n) > 1)
 
@@ -483,8 +503,9 @@ def _files(spec: Spec) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
         (ROWS_FILE, ROW_RECORD, ()),
     ]
     for key, field in spec.schema.items():
-        arrays.append((commits.key_file(key), field.disk_dtype, field.disk_shape))
+        # The record first: an initialisation that was interrupted is cleared away by what stands in _keys.
         arrays.append((commits.record_file(key), KEY_RECORD, ()))
+        arrays.append((commits.key_file(key), field.disk_dtype, field.disk_shape))
     return arrays
 
 
@@ -526,10 +547,10 @@ def _refuse_existing(path: Path, spec: Spec) -> None:
         raise StoreError(f"{path}: expected a folder, this is a file; choose another logdir")
     if (path / SPEC_FILE).exists():
         raise StoreError(f"{path}: there is a store already, nothing is changed; choose another logdir, or remove it")
-    if (path / MARKER).exists():
+    if os.path.lexists(path / MARKER):
         return  # an initialisation was interrupted: before spec.json there is no row to lose
     for name, _, _ in _files(spec):
-        if (path / name).exists():
+        if os.path.lexists(path / name):
             raise StoreError(
                 f"{path / name}: exists, and there is no spec.json, so it is not ours to overwrite; choose "
                 f"another logdir, or move it away"
@@ -537,27 +558,69 @@ def _refuse_existing(path: Path, spec: Spec) -> None:
 
 
 @contextlib.contextmanager
-def _initialising(path: Path) -> Any:
-    """Marks the folder while its files are made, and keeps a second initialisation out."""
-    import fcntl
+def _initialising(path: Path, spec: Spec, *, there: bool, network: bool) -> Iterator[None]:
+    """Keeps a second initialisation of the folder out while this one makes its files, and leaves all or nothing.
 
-    fd = os.open(path / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    The marker says that what looks like a store's files here is of an initialisation that did not end, and may go. It
+    names its process, because a network file system may not have locks that reach other hosts.
+    """
+    marker, me = path / MARKER, json.dumps(astuple(Process.current()))
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = not network
         except BlockingIOError:
             raise StoreError(f"{path}: another process is initialising this folder; nothing is changed") from None
         except OSError:
-            pass  # no locks on this file system; publishing spec.json still has one winner
-        if (path / SPEC_FILE).exists():
-            raise StoreError(
-                f"{path}: there is a store already, nothing is changed; choose another logdir, or remove it"
-            )
-        yield
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path / MARKER)
+            locked = False
+        _refuse_existing(path, spec)
+        try:
+            os.symlink(me, marker)
+        except FileExistsError:
+            if not locked and _alive(marker) is not False:
+                raise StoreError(
+                    f"{path}: another process is initialising this folder, or was interrupted on another host; "
+                    f"nothing is changed; if none is, remove {marker}"
+                ) from None
+            os.unlink(marker)
+            os.symlink(me, marker)
+        folders = [name for name in ("_keys", "design", *_FOLDERS) if not (path / name).exists()]
+        try:
+            _refuse_existing(path, spec)
+            _clear(path)
+            yield
+        except BaseException:
+            if not (path / SPEC_FILE).exists():
+                _clear(path)
+                for name in folders:
+                    shutil.rmtree(path / name, ignore_errors=True)
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(marker)
+            if not there:
+                with contextlib.suppress(OSError):  # it holds something, if only what is right
+                    os.rmdir(path)
     finally:
         os.close(fd)
+
+
+def _alive(marker: Path) -> bool | None:
+    """Whether the process that an initialisation's marker names lives; None where this host cannot know."""
+    try:
+        return Process(*json.loads(os.readlink(marker))).alive()
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _clear(path: Path) -> None:
+    """Remove what an initialisation that did not end has made."""
+    for record in (path / "_keys").glob("*.npy"):
+        (path / record.name).unlink(missing_ok=True)
+        record.unlink(missing_ok=True)
+    for name in (COMPLETED_FILE, ROWS_FILE, f".{SPEC_FILE}.new"):
+        (path / name).unlink(missing_ok=True)
 
 
 def _publish(beside: Path, path: Path) -> None:
