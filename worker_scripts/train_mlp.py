@@ -42,7 +42,8 @@ SMOKE_BATCHES = 3
 def main(*, mask: np.ndarray, seed: int, smoke: bool = False) -> dict[str, np.ndarray]:
     """Train one network on the mask (n,); margins (test examples,), float32."""
     train, test, architecture, recipe, kind = _setup()
-    model = loop.train(architecture(seed), *train, mask, recipe, seed=seed, max_batches=SMOKE_BATCHES if smoke else None)
+    limit = SMOKE_BATCHES if smoke else None
+    model = loop.train(architecture(seed), *train, mask, recipe, seed=seed, max_batches=limit)
     with torch.no_grad():
         return {"margins": outputs.margins(model(test[0]), test[1], kind).numpy()}
 
@@ -50,9 +51,8 @@ def main(*, mask: np.ndarray, seed: int, smoke: bool = False) -> dict[str, np.nd
 def main_many(*, masks: np.ndarray, seeds: np.ndarray, smoke: bool = False) -> dict[str, np.ndarray]:
     """Train one network on each of the masks (K, n); margins (K, test examples), float32."""
     train, test, architecture, recipe, kind = _setup()
-    models = ensemble.train(
-        architecture, *train, masks, recipe, seeds=seeds, max_batches=SMOKE_BATCHES if smoke else None
-    )
+    limit = SMOKE_BATCHES if smoke else None
+    models = ensemble.train(architecture, *train, masks, recipe, seeds=seeds, max_batches=limit)
     return {"margins": outputs.margins(models.logits(test[0]), test[1], kind).numpy()}
 
 

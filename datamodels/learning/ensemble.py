@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from datamodels.errors import DatamodelsError
 from datamodels.learning.loop import POSITION_BITS, Recipe, check_data, check_finite, check_masks
-from datamodels.learning.models import MLP, ORDER, Architecture, words
+from datamodels.learning.models import MLP, ORDER, Architecture, check_seed, words
 from datamodels.learning.outputs import check_labels
 
 # What a step touches should stay in a core's second-level cache; see benchmarks/throughput.py for the measurement.
@@ -72,13 +72,15 @@ def train(
     check_data(inputs, labels)
     masks = np.asarray(masks)
     members = check_masks(masks, len(inputs))
-    seeds = [int(seed) for seed in seeds]
+    seeds = [check_seed(seed) for seed in seeds]
     if len(seeds) != len(members) or not members:
         raise DatamodelsError(
             f"ensemble: expected one seed per mask and at least one, got {len(seeds)} seeds for masks {masks.shape}"
         )
     if at_once is None:
         at_once = _at_once(architecture, inputs, recipe)
+    if at_once < 1:
+        raise DatamodelsError(f"ensemble: expected at_once of at least 1, got {at_once}")
     by_size = np.argsort([-len(kept) for kept in members], kind="stable")
     parts = []
     for start in range(0, len(by_size), at_once):
@@ -90,7 +92,7 @@ def train(
             parts.append(_vmapped(architecture, inputs, labels, *chosen, recipe, max_batches))
     back = torch.from_numpy(np.argsort(by_size))
     parameters = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
-    finite = torch.stack([torch.isfinite(p.flatten(1)).all(1) for p in parameters.values()]).all(0)
+    finite = torch.stack([torch.isfinite(p.reshape(len(seeds), -1)).all(1) for p in parameters.values()]).all(0)
     check_finite(seeds, finite.tolist(), recipe)
     return Ensemble(architecture, parameters)
 
@@ -127,20 +129,21 @@ def _steps(
     """Every update of models that are sorted by falling number of examples.
 
     Epochs start together. In an epoch's last steps only the models that still have examples take part, which
-    are the first ones; a ragged last batch is padded with example 0 at weight 0. A model that has had `limit`
-    updates goes on at rate 0 until all have, as models with short epochs get there in a later epoch.
+    are the first ones; a ragged last batch is padded with one of the model's own examples at weight 0. A model
+    that has had `limit` updates goes on at rate 0 until all have, as those with short epochs need more epochs.
     """
     sizes = np.array([len(kept) for kept in members])
     longest, batch = int(sizes[0]), recipe.batch_size
     num_steps = -(-longest // batch)
-    kept_examples = torch.zeros(len(members), longest, dtype=torch.int64)
+    kept_examples = torch.empty(len(members), longest, dtype=torch.int64)
     rates = np.zeros((len(members), recipe.epochs, num_steps))
     for model, kept in enumerate(members):
         kept_examples[model, : len(kept)] = torch.from_numpy(kept)
+        kept_examples[model, len(kept) :] = int(kept[0])  # its own, as 0 times another's infinity is NaN
         each = recipe.rates(len(kept))
         each[limit if limit is not None else len(each) :] = 0
         rates[model, :, : -(-len(kept) // batch)] = each.reshape(recipe.epochs, -1)
-    live = rates.any(0)
+    live = rates.max(0) > 0
     rates_at = torch.from_numpy(np.ascontiguousarray(rates.transpose(1, 2, 0))).to(dtype)
 
     plan = []  # per step of an epoch: how many models take part, the widest batch among them, the weights
@@ -170,9 +173,7 @@ def _steps(
         for step, (active, columns, weights) in enumerate(plan):
             if not live[epoch, step]:
                 break
-            yield _Step(
-                examples[:active, columns], labelled[:active, columns], weights, rates_at[epoch, step, :active]
-            )
+            yield _Step(examples[:active, columns], labelled[:active, columns], weights, rates_at[epoch, step, :active])
 
 
 class _Layer(NamedTuple):
@@ -272,10 +273,10 @@ def _mlp(
         active, wide = step.examples.shape
         x, stack = layers(active, wide)
         torch.index_select(table, 0, step.examples.flatten(), out=x)
-        for layer in stack:
-            torch.baddbmm(layer.bias_wide, layer.left, layer.right, out=layer.out)
-            if layer is not stack[-1]:
-                layer.out.relu_()
+        for part in stack:
+            torch.baddbmm(part.bias_wide, part.left, part.right, out=part.out)
+            if part is not stack[-1]:
+                part.out.relu_()
         delta, target = stack[-1].delta, step.labels.unsqueeze(1)
         torch.softmax(stack[-1].out, 1, out=delta)
         delta.scatter_add_(1, target, hit.expand_as(target))
@@ -283,27 +284,27 @@ def _mlp(
             delta.sub_(smooth / sizes[-1])
         delta.mul_(step.weights.unsqueeze(1))
         rate = step.rates.neg().view(active, 1, 1)
-        for layer in reversed(stack):
-            if layer.below_delta is not None:
-                torch.bmm(*layer.back, out=layer.below_delta)
+        for part in reversed(stack):
+            if part.below_delta is not None:
+                torch.bmm(*part.back, out=part.below_delta)
                 # relu's derivative: 0 wherever the layer below gave 0
                 torch.ops.aten.threshold_backward.grad_input(
-                    layer.below_delta, layer.below, 0, grad_input=layer.below_delta
+                    part.below_delta, part.below, 0, grad_input=part.below_delta
                 )
-            bias_slope = layer.delta.sum(layer.axis, keepdim=True)
+            bias_slope = part.delta.sum(part.axis, keepdim=True)
             if recipe.nesterov:
-                weight_slope = torch.bmm(*layer.slopes)
+                weight_slope = torch.bmm(*part.slopes)
                 for p, v, g in (
-                    (layer.weight, layer.weight_velocity, weight_slope),
-                    (layer.bias, layer.bias_velocity, bias_slope),
+                    (part.weight, part.weight_velocity, weight_slope),
+                    (part.bias, part.bias_velocity, bias_slope),
                 ):
                     g.add_(p, alpha=decay)
                     v.mul_(momentum).add_(g)
                     p.addcmul_(g, rate).addcmul_(v, rate, value=momentum)
             else:
-                layer.weight_velocity.baddbmm_(*layer.slopes, beta=momentum)
-                layer.bias_velocity.mul_(momentum).add_(bias_slope)
-                for p, v in ((layer.weight, layer.weight_velocity), (layer.bias, layer.bias_velocity)):
+                part.weight_velocity.baddbmm_(*part.slopes, beta=momentum)
+                part.bias_velocity.mul_(momentum).add_(bias_slope)
+                for p, v in ((part.weight, part.weight_velocity), (part.bias, part.bias_velocity)):
                     if decay:
                         v.add_(p, alpha=decay)
                     p.addcmul_(v, rate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from datamodels.errors import DatamodelsError
-from datamodels.learning.models import ORDER, words
+from datamodels.learning.models import AUGMENT, ORDER, words
 from datamodels.learning.outputs import check_labels
 
 Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
@@ -38,8 +38,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "epochs": (isinstance(self.epochs, int) and self.epochs >= 1, "as an int of at least 1"),
+            "batch_size": (isinstance(self.batch_size, int) and self.batch_size >= 1, "as an int of at least 1"),
             "lr": (0 < self.lr < float("inf"), "above 0 and finite"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "nesterov": (self.momentum > 0 or not self.nesterov, "false where momentum is 0"),
@@ -56,7 +56,7 @@ class Recipe:
         updates = self.epochs * -(-num_examples // self.batch_size)
         at = (np.arange(updates) + 0.5) / updates
         with np.errstate(divide="ignore"):
-            return self.lr * np.minimum(at / np.float64(self.warmup), (1 - at) / np.float64(1 - self.warmup)).clip(max=1)
+            return self.lr * np.minimum(at / np.float64(self.warmup), (1 - at) / np.float64(1 - self.warmup))
 
 
 def sort_keys(raw: np.ndarray) -> np.ndarray:
@@ -81,17 +81,16 @@ def train(
     """Train `model` in place on the examples that the mask (n,), bool, keeps, and return it in eval mode.
 
     Each epoch visits every kept example once, in an order from `seed` alone (`sort_keys` of the next raw words
-    of the seed's second stream); the last batch may be smaller. `augment(inputs, generator)` changes a batch
-    before it is used. `max_batches` ends training early, with the learning rates of the whole run.
+    of the seed's ORDER stream); the last batch may be smaller. `augment(inputs, generator)` changes a batch
+    before it is used; its generator is on the CPU and comes from the seed too. `max_batches` ends training early,
+    with the learning rates of the whole run. What the model itself draws, as dropout does, comes from torch's
+    global generator, which is the caller's to seed.
 
     Raises DatamodelsError for a mask, labels or shapes that do not fit, and when the loss is no longer finite.
     """
     check_data(inputs, labels)
     members = check_masks(np.asarray(mask)[None], len(inputs))[0]
-    order = words(seed, ORDER)
-    generator = torch.Generator(device=inputs.device).manual_seed(int(seed))
-    rates = recipe.rates(len(members))
-    limit = len(rates) if max_batches is None else max_batches
+    generator = torch.Generator().manual_seed(int(words(seed, AUGMENT).random_raw() >> 1))
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=recipe.lr,
@@ -100,25 +99,29 @@ def train(
         weight_decay=recipe.weight_decay,
     )
     model.train()
-    update = 0
-    for epoch in range(recipe.epochs):
-        keys = np.sort(sort_keys(order.random_raw(len(members))))
-        kept = torch.from_numpy(members[(keys & np.uint64(2**POSITION_BITS - 1)).astype(np.int64)]).to(inputs.device)
-        for batch in kept.split(recipe.batch_size):
-            if update >= limit:
-                break
-            x = inputs[batch] if augment is None else augment(inputs[batch], generator)
-            logits = model(x)
-            if epoch == 0 and update == 0:
-                check_labels(labels, logits.shape[-1], "train")
-            loss = functional.cross_entropy(logits, labels[batch], label_smoothing=recipe.label_smoothing)
-            optimizer.param_groups[0]["lr"] = float(rates[update])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            update += 1
-        check_finite([seed], [all(bool(torch.isfinite(p).all()) for p in model.parameters())], recipe)
+    rates = recipe.rates(len(members))[:max_batches]
+    for update, (rate, batch) in enumerate(zip(rates, batches(members, recipe, seed=seed), strict=False)):
+        kept = torch.from_numpy(batch).to(inputs.device)
+        x = inputs[kept] if augment is None else augment(inputs[kept], generator)
+        logits = model(x)
+        if update == 0:
+            check_labels(labels, logits.shape[-1], "train")
+        loss = functional.cross_entropy(logits, labels[kept], label_smoothing=recipe.label_smoothing)
+        optimizer.param_groups[0]["lr"] = float(rate)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    check_finite([seed], [all(bool(torch.isfinite(p).all()) for p in model.parameters())], recipe)
     return model.eval()
+
+
+def batches(members: np.ndarray, recipe: Recipe, *, seed: int) -> Iterator[np.ndarray]:
+    """The examples of each update of a whole run: every epoch the members in a new order, cut into batches."""
+    order = words(seed, ORDER)
+    for _ in range(recipe.epochs):
+        keys = np.sort(sort_keys(order.random_raw(len(members))))
+        shuffled = members[(keys & np.uint64(2**POSITION_BITS - 1)).astype(np.int64)]
+        yield from np.split(shuffled, range(recipe.batch_size, len(members), recipe.batch_size))
 
 
 def check_data(inputs: torch.Tensor, labels: torch.Tensor) -> None:
@@ -154,6 +157,6 @@ def check_finite(seeds: list[int], finite: list[bool], recipe: Recipe) -> None:
     lost = [seed for seed, ok in zip(seeds, finite, strict=True) if not ok]
     if lost:
         raise DatamodelsError(
-            f"train: the loss of the model with seed {lost[0]} became infinite or NaN ({len(lost)} of {len(seeds)} models); "
-            f"expected a finite loss; lower lr (now {recipe.lr}), or look for huge values in the inputs"
+            f"train: the loss of the model with seed {lost[0]} became infinite or NaN, one of {len(lost)} such models "
+            f"out of {len(seeds)}; expected a finite loss; lower lr (now {recipe.lr}), or look for huge inputs"
         )

@@ -86,15 +86,16 @@ def check_seed(seed: int) -> int:
     return int(seed)
 
 
-# One model's randomness is two streams of its seed, so that a longer initialisation cannot move the data order.
-INITIAL, ORDER = 0, 1
+# One model's randomness is separate streams of its seed, so that a longer initialisation cannot move the data order.
+INITIAL, ORDER, AUGMENT = 0x696E6974, 0x6F726465, 0x6175676D  # "init", "orde", "augm"
 
 
 def words(seed: int, stream: int) -> np.random.PCG64:
     """The bit generator of one stream of a model's seed; only its raw words are used, which numpy never changes."""
-    return np.random.PCG64(np.random.SeedSequence((check_seed(seed), stream)))
+    # the stream first: behind a seed of more than 32 bits it could not be told from the seed's upper half
+    return np.random.PCG64(np.random.SeedSequence((stream, check_seed(seed))))
 
 
 def uniform(seed: int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1), float64: the top 53 bits of each raw word of the seed's first stream."""
+    """`count` numbers in [0, 1), float64: the top 53 bits of each raw word of the seed's INITIAL stream."""
     return (words(seed, INITIAL).random_raw(count) >> np.uint64(11)) * 2.0**-53

@@ -34,7 +34,7 @@ def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Fraction of examples whose largest logit is the label's, over the last axis of the labels: (..., m, c) to (...)."""
+    """Fraction of the m examples of logits (..., m, c) whose largest logit is the label's, (...)."""
     index = _index(logits, labels, "accuracy").squeeze(-1)
     return (logits.argmax(-1) == index).to(logits.dtype).mean(-1)
 
@@ -43,7 +43,8 @@ def _index(logits: torch.Tensor, labels: torch.Tensor, where: str) -> torch.Tens
     """The labels as an index (..., 1) into the last axis of the logits, checked."""
     if logits.ndim < 2 or logits.shape[-1] < 2:
         raise DatamodelsError(
-            f"{where}: expected logits (..., examples, classes) with at least two classes, got shape {tuple(logits.shape)}"
+            f"{where}: expected logits (..., examples, classes) with at least two classes; "
+            f"got shape {tuple(logits.shape)}"
         )
     check_labels(labels, logits.shape[-1], where)
     try:
