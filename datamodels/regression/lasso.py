@@ -111,7 +111,8 @@ def fit(
 ) -> Datamodel:
     """Datamodel of every target: path on training rows, lambda by validation rows, refit on both.
 
-    k, eps, patience, tol: see PathOptions.  workers: threads, None for one per usable core.
+    k, eps, patience, tol: see PathOptions; weights are float32, which ends what tol can ask for near 1e-7.
+    workers: threads, None for one per usable core.
     progress: called with the number of targets that were just finished.
 
     Constant columns get weight 0, constant targets weight 0 and their value as the bias. Warns
@@ -206,7 +207,7 @@ def certify(
 
         bound = lam[some]
         top = np.abs(g).max(axis=0, initial=0.0)
-        s = np.minimum(1.0, np.divide(bound, top, out=np.ones_like(top), where=top > bound))
+        s = np.divide(bound, top, out=np.ones_like(top), where=top > bound)
         rr, r0r0 = (residual**2).sum(axis=0), (residual0**2).sum(axis=0)
         primal = rr / (2 * n) + bound * np.abs(u).sum(axis=0)
         dual = s * (residual0 * residual).sum(axis=0) / n - s**2 * rr / (2 * n)
@@ -223,7 +224,7 @@ def _warn(problem: Problem, options: PathOptions, found: Solution, train: Gram, 
             warnings.warn(
                 f"{text}: {_listed([names[int(i)] for i in np.flatnonzero(which)])}",
                 RegressionWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     tell(full.sd == 0, "constant columns, weight 0", problem.columns)

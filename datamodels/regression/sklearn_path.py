@@ -74,22 +74,24 @@ def _solve_target(t: int, train: Gram, val: Gram, full: Gram, options: PathOptio
 
 def _lasso(gram: Gram, t: int, lams: np.ndarray, start: np.ndarray, tol: float) -> np.ndarray:
     """Minimisers (p, len(lams)) of ½ wᵀGw − qᵀw + lam ‖w‖₁ in standardised columns."""
+    from sklearn import config_context
     from sklearn.linear_model import lasso_path
 
     # Once it has G and q, scikit-learn needs X only for the number of rows and y only for its norm. One row
     # of the right norm, with G and q divided by n already, keeps the (n, p) matrix out of every call.
     one_row = np.zeros((1, len(start)), order="F")
-    return lasso_path(
-        one_row,
-        np.sqrt(gram.power[t : t + 1]),
-        alphas=lams,
-        precompute=gram.gram,
-        Xy=gram.xy[t],
-        coef_init=start,
-        check_input=False,
-        tol=tol,
-        max_iter=MAX_ITER,
-    )[1]
+    with config_context(skip_parameter_validation=True):  # it holds the interpreter lock longer than all else here
+        return lasso_path(
+            one_row,
+            np.sqrt(gram.power[t : t + 1]),
+            alphas=lams,
+            precompute=gram.gram,
+            Xy=gram.xy[t],
+            coef_init=start,
+            check_input=False,
+            tol=tol,
+            max_iter=MAX_ITER,
+        )[1]
 
 
 def _mean_squares(gram: Gram, t: int, weights: np.ndarray) -> np.ndarray:

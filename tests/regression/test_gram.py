@@ -47,6 +47,12 @@ def test_moments_add_up(data):
         np.testing.assert_allclose(getattr(train + val, name), getattr(both, name), atol=1e-9)
 
 
+def test_large_counts_of_masks_are_exact():
+    x = np.random.default_rng(1).random((20_001, 3)) < 0.9
+    got = gram.moments(x, np.zeros((20_001, 1)), np.arange(20_001), np.zeros(3), np.zeros(1))
+    np.testing.assert_array_equal(got.xx, x.astype(np.int64).T @ x.astype(np.int64))
+
+
 def test_counts_of_masks_are_exact_over_many_blocks(monkeypatch):
     monkeypatch.setattr(gram, "BLOCK", 7)
     x = np.random.default_rng(1).random((100, 9)) < 0.5

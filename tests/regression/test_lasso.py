@@ -239,6 +239,13 @@ def test_constant_target_has_its_value_as_bias_and_is_named():
     assert model.nnz[0] > 0
 
 
+def test_constant_target_without_bias_is_a_target_like_others():
+    x, y = simulate(T=1)
+    model = quiet_fit(make_problem(x, np.full_like(y, 3.0)), use_bias=False)
+    assert model.nnz[0] > 0
+    assert model.gap[0] <= 1e-5
+
+
 def test_target_constant_on_the_training_rows_alone():
     x, y = simulate(T=2)
     problem = make_problem(x, y, num_val=30)
@@ -257,14 +264,15 @@ def test_zero_target_without_bias():
     assert model.bias[0] == 0
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
 @pytest.mark.parametrize("value", [0, 1, 0.1])
-def test_constant_column_has_weight_zero_and_is_named(value):
+def test_constant_column_has_weight_zero_and_is_named(value, use_bias):
     x, y = simulate()
     x = x.astype(type(value)) if isinstance(value, float) else x
     x[:, 2] = value
-    model = fit_warned(r"constant columns, weight 0: 1: x\[2\]", make_problem(x, y))
+    model = fit_warned(r"constant columns, weight 0: 1: x\[2\]", make_problem(x, y), use_bias=use_bias)
     assert (model.weight[2] == 0).all()
-    without = quiet_fit(make_problem(np.delete(x, 2, axis=1), y))
+    without = quiet_fit(make_problem(np.delete(x, 2, axis=1), y), use_bias=use_bias)
     np.testing.assert_allclose(np.delete(model.weight, 2, axis=0), without.weight, atol=1e-4)
     np.testing.assert_allclose(model.bias, without.bias, atol=1e-3)
 
