@@ -189,9 +189,11 @@ class Field:
     def _cast(self, array: np.ndarray, where: str) -> np.ndarray:
         target, kind = self.value_dtype, array.dtype.kind
         if target.kind == "U":
+            if not array.size:
+                return array.astype(target)  # an empty list is one of numbers to numpy
             if kind != "U":
                 raise RowError(f"{where}: expected text, got dtype {array.dtype}; return str values")
-            longest = int(np.strings.str_len(array).max()) if array.size else 0
+            longest = int(np.strings.str_len(array).max())
             if longest > target.itemsize // 4:
                 raise RowError(
                     f"{where}: expected text of at most {target.itemsize // 4} characters, got {longest}; "
