@@ -130,6 +130,8 @@ def test_a_result_is_never_overwritten(logdir, tmp_path, capsys):
 
     (tmp_path / "part" / "final_lambda").mkdir(parents=True)
     (tmp_path / "file").write_text("mine")
+    with pytest.raises(RegressionError, match="already holds a result"):  # before the store is even opened
+        main(["--data.logdir=nowhere", f"--cfg.out_dir={out}"])
     for name, message in (("part", r"already holds a result \(final_lambda\)"), ("file", "is a file")):
         with pytest.raises(RegressionError, match=message):
             main([f"--data.logdir={logdir}", f"--cfg.out_dir={tmp_path / name}"])

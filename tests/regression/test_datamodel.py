@@ -29,6 +29,8 @@ def test_load_gives_back_what_was_saved(model, tmp_path):
     assert (back.ended, back.columns, back.targets) == (model.ended, model.columns, model.targets)
     assert back.about == model.about
     assert os.listdir(tmp_path) == ["datamodels.pt"]
+    replace(model, bias=model.bias + 1).save(tmp_path / "datamodels.pt")
+    np.testing.assert_array_equal(Datamodel.load(tmp_path / "datamodels.pt").bias, model.bias + 1)
 
 
 def test_file_is_the_released_one_and_more(model, tmp_path):
@@ -63,20 +65,25 @@ def test_predict_takes_raw_masks(model):
 
 
 class Evil:
+    def __init__(self, path):
+        self.path = str(path)
+
     def __reduce__(self):
-        return (os.system, ("exit 1",))
+        return (os.mkdir, (self.path,))
 
 
-def test_files_that_are_not_datamodels(tmp_path):
+def test_files_that_are_not_datamodels_are_refused_and_not_run(tmp_path):
+    evil = Evil(tmp_path / "ran")
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"weight": Evil()}))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"weight": evil}))
     torch.save({"weights": torch.ones(2)}, tmp_path / "keys.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"weight": Evil()}, tmp_path / "evil.pt")
+    torch.save({"weight": evil}, tmp_path / "evil.pt")
     for name in ("text.pt", "empty.pt", "pickle.pt", "keys.pt", "list.pt", "evil.pt"):
         with pytest.raises(RegressionError, match=rf"{name}: not a datamodels.pt"):
             Datamodel.load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
     with pytest.raises(RegressionError, match="no such file"):
         Datamodel.load(tmp_path / "nothing.pt")
 

@@ -289,6 +289,8 @@ def test_no_column_varies():
     x, y = simulate(T=2)
     model = quiet_fit(make_problem(np.ones_like(x), y))
     assert (model.weight == 0).all()
+    assert (model.lam == 0).all()
+    assert np.isnan(model.path.lam).all()  # there was no path to walk
     np.testing.assert_allclose(model.bias, y.mean(axis=0), rtol=1e-6)
 
 
