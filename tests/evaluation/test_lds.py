@@ -153,6 +153,22 @@ def test_constant_targets_are_left_out_and_constant_predictions_count_as_zero():
     assert np.isfinite([got.low, got.high, got.ceiling]).all()
 
 
+def test_rounding_of_means_makes_no_ranks():
+    runs = np.arange(30) % 7 + 1
+    ids = np.repeat(np.arange(30), runs)
+    outcomes = np.random.default_rng(0).standard_normal((len(ids), 2))
+    assert lds(np.full_like(outcomes, 0.1), outcomes, ids, draws=10).value == 0
+
+
+def test_a_draw_in_which_the_outcome_does_not_vary_has_no_correlation():
+    a, b = np.array([[1.0], [2], [3], [4]]), np.array([[0.0], [0], [0], [1]])
+    counts = np.array([[1, 2, 1, 0], [1, 1, 1, 1]], dtype=np.float32).T
+    got = _rank_correlations(a, b, counts)[0]
+    assert np.isnan(got[0])
+    assert got[1] == pytest.approx(spearmanr(a[:, 0], b[:, 0]).statistic)
+    np.testing.assert_array_equal(_rank_correlations(b, a, counts)[0, 0], 0)
+
+
 def test_same_seed_same_interval():
     predicted, _, outcomes = simulate()
     a, b, c = (score(predicted, outcomes, seed=seed) for seed in (0, 0, 1))

@@ -47,6 +47,18 @@ def test_moments_add_up(data):
         np.testing.assert_allclose(getattr(train + val, name), getattr(both, name), atol=1e-9)
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_constant_columns_have_no_spread_whatever_the_rounding(use_bias):
+    values = np.array([0.1, 1 / 3, 1e5 + 0.1, 7e-9])
+    for n in range(50, 100):
+        x, y = np.tile(values, (n, 1)), np.arange(float(n))[:, None]
+        at = gram.origins(x, y, use_bias)
+        got = gram.standardise(gram.moments(x, y, np.arange(n), *at), use_bias)
+        assert (got.sd == 0).all()
+        assert not got.gram.any()
+        assert not got.xy.any()
+
+
 def test_large_counts_of_masks_are_exact():
     x = np.random.default_rng(1).random((20_001, 3)) < 0.9
     got = gram.moments(x, np.zeros((20_001, 1)), np.arange(20_001), np.zeros(3), np.zeros(1))
