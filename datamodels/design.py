@@ -362,7 +362,9 @@ class _BlockBuilder:
             raise SpecError(f"{self.where}: without masks or choices every row is a repeat; give count alone")
         else:
             repeats = count
-        entry = {"role": self.role, "count": count, "repeats": repeats, "seed": seed, **choices}
+        entry: dict[str, Any] = {"role": self.role, "count": count, "repeats": repeats, "seed": seed, **choices}
+        if "sampler" in self.raw:  # null keeps an eval block from taking the sampler of the train block before it
+            entry["sampler"] = None
         return Block(self.role, 1, repeats, seed, cells), entry
 
     def integer(self, name: str, default: int | None, *, low: int) -> int:
