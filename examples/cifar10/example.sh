@@ -6,9 +6,10 @@
 # IMAGES holds CIFAR-10's python or binary batches (https://www.cs.toronto.edu/~kriz/cifar.html, unpacked); results
 # go to FOLDER, out/cifar10 if left out. Stop it whenever you like: the same command goes on where it was. It runs
 # WORKERS=1 worker on the first visible GPU, or on the CPU. For each further GPU run the pool's command beside it,
-# with CUDA_VISIBLE_DEVICES=1, 2, ...: the workers share the rows. For a first look without a GPU:
+# with CUDA_VISIBLE_DEVICES=1, 2, ...: the workers share the rows. Each holds about 2.5 GB of images.
 #
-#   bash examples/cifar10/example.sh IMAGES out/first_look --training.epochs=1 --training.width=8
+# Without a GPU only a toy is practical: --training.epochs=1 --training.width=8 takes about 20 CPU seconds a network.
+# The regression keeps matrices of 50,000 x 50,000 in memory, about 140 GB in all, in this version.
 set -euo pipefail
 
 if [[ ${1:-} == '' || $1 == -* ]]; then

@@ -6,6 +6,9 @@
 # Reads the IDX files of Debian's and Ubuntu's package (apt-get install dataset-fashion-mnist), or those of another
 # folder, gzipped or not, with --data.dir=DIR. Results go to FOLDER, out/fashion_mnist if left out. Stop it whenever
 # you like: the same command goes on where it was. WORKERS=4 starts so many at once; one per core if left out.
+#
+# A network takes about 0.75 CPU seconds and gets 87 % of the test images right. The regression keeps matrices of
+# 60,000 x 60,000 in memory, about 200 GB in all, in this version.
 set -euo pipefail
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then

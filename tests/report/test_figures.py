@@ -239,10 +239,12 @@ def make():
 
 def test_a_png_is_1200_pixels_wide_and_always_the_same(tmp_path):
     first = save(make(), tmp_path / "new" / "a.png").read_bytes()
+    assert os.listdir(tmp_path / "new") == ["a.png"]
     assert first.startswith(b"\x89PNG")
     assert struct.unpack(">I", first[16:20]) == (1200,)
     with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red", "image.cmap": "hot", "savefig.dpi": 30}):
         assert save(make(), tmp_path / "b.png").read_bytes() == first
+    assert sorted(os.listdir(tmp_path)) == ["b.png", "new"]
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".pdf"])
