@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 from tqdm import tqdm
 
 from datamodels import cli
@@ -17,10 +18,13 @@ from datamodels.cli import Option
 from datamodels.errors import ConfigError
 from datamodels.executors.base import Executor, Exit
 from datamodels.executors.local import LocalExecutor, cores
+from datamodels.spec import nearest
 from datamodels.store import Status, Store
-from datamodels.worker import POOL_VARIABLE
+from datamodels.store import commit as commits
+from datamodels.worker import GAVE_UP, POOL_VARIABLE
 from datamodels.worker import SECTIONS as WORKER
 
+_ONE_ROW = ("index", "do_if_complete", "dry_run", "smoke")  # options of the worker that make no sense for many
 SECTIONS = {
     "pool": {
         "workers": Option(int, "copies of the worker; 0 means one per core", default=0, min=0),
@@ -29,7 +33,7 @@ SECTIONS = {
     "worker": {
         name: option
         for name, option in WORKER["worker"].items()
-        if name not in ("index", "do_if_complete", "dry_run", "smoke")
+        if name not in _ONE_ROW
     },
 }
 _STOP_SECONDS = 4.0
@@ -50,51 +54,55 @@ def run_pool(
     0: every row is complete. 1: rows are left undone, `say` tells which. 2: the workers cannot be configured.
     """
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for stop in before:  # once is enough: what follows takes seconds
+            signal.signal(stop, signal.SIG_IGN)
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     watch = Watch(store, progress)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        barren = 0
+        for stop in before:
+            signal.signal(stop, interrupt)
+        barren, judge = 0, Judge(store)
         for number in range(workers):
             executor.start(number)
         while executor.running():
             time.sleep(0.2)
             watch.look()
             for end in executor.ended():
-                if end.code in (0, 1):  # nothing left for it; 1: rows among them are given up
+                if end.code in (0, GAVE_UP) and (executor.running() or not _left_behind(store)):
                     continue
                 if end.code == 2:
                     executor.stop(_STOP_SECONDS)
                     watch.close()
                     say(_last_words(end))
                     return 2
-                barren = 0 if watch.moved() else barren + 1
+                barren = 0 if judge.moved() else barren + 1
                 if barren >= _BARREN_LIMIT:
                     executor.stop(_STOP_SECONDS)
                     watch.close()
                     say(
-                        f"{barren} workers in a row died before they finished a row; the last one {_cause(end)}:\n"
+                        f"{barren} workers in a row died before any row was finished; the last one {_cause(end)}:\n"
                         f"{_last_words(end)}"
                     )
                     return _report(store, say)
-                watch.write(f"worker {end.number} {_cause(end)}; starting it again")
+                watch.write(f"worker {end.number} {_cause(end)}; starting it again (it prints to {end.log})")
                 executor.start(end.number)
         watch.close()
         return _report(store, say)
     except Interrupted as interrupted:
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-        executor.stop(_STOP_SECONDS)
+        if executor.stop(_STOP_SECONDS):
+            _give_back(store)
         watch.close()
-        done = int(store.completed().sum())
-        say(f"stopped: {done} of {store.num_models} rows are complete and safe; run the same command again to go on")
-        return 130 if interrupted.number == signal.SIGINT else 143
+        status = store.status(failures=3)
+        safe = f"stopped: {status.completed} of {status.num_models} rows are complete and safe"
+        say("\n".join([f"{safe}; run the same command again to go on", *_failures(status)]))
+        return 128 + interrupted.number
     finally:
         executor.stop(0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def _cause(end: Exit) -> str:
@@ -122,9 +130,7 @@ def undone(store: Store, status: Status) -> str:
         f"{status.completed} of {status.num_models} rows are complete; {status.failed} failed, {status.running} "
         f"held by other workers, {status.pending} not done"
     ]
-    lines += [f"  row {f.row}: {f.attempts} attempts, {f.error or 'no traceback'}" for f in status.failures]
-    if status.failed > len(status.failures):
-        lines.append(f"  … and {status.failed - len(status.failures)} more")
+    lines += _failures(status)
     if status.failures:
         lines.append(
             f"tracebacks: {store.path}/workers/<row>/attempt-*.json; when the cause is gone, "
@@ -133,16 +139,65 @@ def undone(store: Store, status: Status) -> str:
     return "\n".join(lines)
 
 
+def _failures(status: Status) -> list[str]:
+    lines = [f"  row {f.row}: {f.attempts} attempts, {f.error or 'no traceback'}" for f in status.failures]
+    if status.failed > len(status.failures):
+        lines.append(f"  … and {status.failed - len(status.failures)} more that failed")
+    return lines
+
+
+def _left_behind(store: Store) -> bool:
+    """Whether a row is free to be claimed after a worker said that none is: main ended its process with that code."""
+    open_rows = ~store.completed() & (store.layout.row_records()["state"] != commits.FAILED)
+    for row in map(int, np.flatnonzero(open_rows)):
+        if store.run.take(row):
+            store.run.release(row, done=False)
+            return True
+    return False
+
+
+def _give_back(store: Store) -> None:
+    """Uncount the attempts of rows whose worker did not listen and was killed: the row did nothing wrong."""
+    records = store.layout.row_records()
+    for row in map(int, np.flatnonzero((records["state"] == commits.RUNNING) & ~store.completed())):
+        if store.run.take(row):  # nobody alive holds it
+            store.give_back(row, int(records["attempts"][row]))
+            store.run.release(row, done=False)
+
+
+class Judge:
+    """Whether starting dead workers again leads anywhere."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._completed, self._attempts, _ = self._count()
+
+    def _count(self) -> tuple[int, int, bool]:
+        completed, attempts = self._store.completed(), self._store.layout.row_records()["attempts"]
+        return int(completed.sum()), int(attempts.sum()), bool((attempts[~completed] == 0).any())
+
+    def moved(self) -> bool:
+        """Whether, since this was last asked, rows were finished; or, where each has been tried, tried again.
+
+        Retries are counted and come to an end by themselves; but a main that has finished nothing yet, or a worker that
+        dies before it claims a row, is not going to get better.
+        """
+        completed, attempts, untried = self._count()
+        moved = completed != self._completed or (not untried and attempts != self._attempts)
+        self._completed, self._attempts = completed, attempts
+        return moved
+
+
 class Watch:
     """One progress bar for the store; off a terminal, a line every fifteen seconds."""
 
     def __init__(self, store: Store, progress: bool):
         self._store = store
-        self._done = self._mark = int(store.completed().sum())
+        self._done = int(store.completed().sum())
         terminal = sys.stderr.isatty()
         self._lines = progress and not terminal
         self._started, self._first, self._next = time.monotonic(), self._done, time.monotonic() + 15
-        self._failed_at = 0.0
+        self._failed_at, self._failed = 0.0, store.status(failures=0).failed
         self._bar = tqdm(
             total=store.num_models,
             initial=self._done,
@@ -160,9 +215,14 @@ class Watch:
             self._done = done
         if now - self._failed_at > 2:
             self._failed_at = now
-            failed = self._store.status(failures=0).failed
-            if failed:
-                self._bar.set_postfix_str(f"{failed} failed")
+            status = self._store.status(failures=0)
+            if status.failed and not self._failed:  # the first one is news; later ones are counted
+                status = self._store.status(failures=1)
+                for line in _failures(status)[:1]:
+                    self.write(f"{line.strip()}; see {self._store.path}/workers/{status.failures[0].row}")
+            self._failed = status.failed
+            if status.failed:
+                self._bar.set_postfix_str(f"{status.failed} failed")
         if self._lines and now > self._next:
             self._next = now + 15
             self._line(now)
@@ -170,13 +230,9 @@ class Watch:
     def _line(self, now: float) -> None:
         rate = (self._done - self._first) / max(now - self._started, 1e-9)
         left = f", {(self._store.num_models - self._done) / rate:.0f} s left" if rate else ""
-        print(f"{self._done}/{self._store.num_models} rows, {rate:.1f} rows/s{left}", file=sys.stderr, flush=True)
-
-    def moved(self) -> bool:
-        """Whether rows were finished since this was last asked."""
-        self._done = int(self._store.completed().sum())
-        moved, self._mark = self._done != self._mark, self._done
-        return moved
+        failed = f", {self._failed} failed" if self._failed else ""
+        line = f"{self._done}/{self._store.num_models} rows, {rate:.1f} rows/s{left}{failed}"
+        print(line, file=sys.stderr, flush=True)
 
     def write(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
@@ -201,12 +257,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv,
         passthrough=True,
     )
+    for key, where in args.unknown:
+        _refuse(key, where)
+    for name in _ONE_ROW:
+        for variable in (f"worker.{name}", cli.environment_name(f"worker.{name}")):
+            if variable in os.environ:
+                _refuse(f"worker.{name}", f"environment variable {variable}")
     workers = args["pool.workers"] or cores()
     with Store.open(args["worker.logdir"]) as store:
         if bool(store.completed().all()):
             print(f"all {store.num_models} rows are complete")
             return 0
-        command = [sys.executable, "-m", "datamodels.worker", *_for_worker(args, argv)]
+        command = [sys.executable, "-m", "datamodels.worker", *_for_worker(args)]
         executor = LocalExecutor(
             command,
             workers=workers,
@@ -221,7 +283,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _for_worker(args: cli.Arguments, argv: Sequence[str]) -> list[str]:
+def _refuse(key: str, where: str) -> None:
+    section, _, name = key.partition(".")
+    if section == "worker" and name in _ONE_ROW:
+        raise ConfigError(f"{key} ({where}): a pool runs all rows; use python -m datamodels.worker for one")
+    if section == "pool":
+        raise ConfigError(f"{key} ({where}): unknown key{nearest(name, SECTIONS['pool'])}")
+
+
+def _for_worker(args: cli.Arguments) -> list[str]:
     """The worker's command line: its own options as resolved here, then whatever the pool does not know."""
     options = [
         f"--worker.{name}={value}"

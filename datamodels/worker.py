@@ -205,31 +205,33 @@ def seed_everything(seed: int) -> None:
     if torch is not None:
         torch.manual_seed(seed)
     else:
-        _SeedTorchLater.seed = seed
-        if _SeedTorchLater not in sys.meta_path:
-            sys.meta_path.insert(0, _SeedTorchLater)
+        _LATE_TORCH.seed = seed
+        if _LATE_TORCH not in sys.meta_path:
+            sys.meta_path.insert(0, _LATE_TORCH)
 
 
-class _SeedTorchLater(importlib.abc.MetaPathFinder):
-    """Seeds torch as it is imported by a main that imports late."""
+class _SeedLateTorch(importlib.abc.MetaPathFinder):
+    """Seeds torch when it is imported only by main, after the row's seeds were set."""
 
     seed = 0
 
-    @classmethod
-    def find_spec(cls, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         if name != "torch":
             return None
-        sys.meta_path.remove(cls)
+        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 load(module)
-                module.manual_seed(cls.seed)
+                module.manual_seed(self.seed)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+_LATE_TORCH = _SeedLateTorch()
 
 
 # ------------------------------------------------------------------- the worker
@@ -604,6 +606,8 @@ class Worker:
 
 
 def _last_line(error: BaseException) -> str:
+    if isinstance(error, (DatamodelsError, JobTimeout)):
+        return f"{type(error).__name__}: {error}"
     return traceback.format_exception_only(error)[-1].strip()
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Exit:
-    """A worker that ended: its number, its exit code (negative: the signal that killed it), its last words."""
+    """A worker that ended: its number, its exit code (negative: the signal that killed it), its last words and log."""
 
     number: int
     code: int
     seconds: float
     words: str
+    log: str
 
 
 class Executor(ABC):
@@ -32,5 +33,5 @@ class Executor(ABC):
         """The copies that have ended since the last call."""
 
     @abstractmethod
-    def stop(self, seconds: float) -> None:
-        """Ask every copy to stop, and after so many seconds make it."""
+    def stop(self, seconds: float) -> int:
+        """Ask every copy to stop, and after so many seconds make it; how many had to be made."""

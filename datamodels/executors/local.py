@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -34,7 +35,7 @@ def capped_threads(workers: int, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 class LocalExecutor(Executor):
-    """Each copy is a process group of its own, so that it can be ended with everything it started.
+    """Each copy is a process group of its own, so that when it is killed what it started ends with it.
 
     What a copy prints goes to `logs/worker-<number>.log`.
     """
@@ -66,10 +67,15 @@ class LocalExecutor(Executor):
     def ended(self) -> list[Exit]:
         exits = []
         for number, (process, started) in list(self._processes.items()):
-            code = process.poll()
-            if code is not None:
-                del self._processes[number]
-                exits.append(Exit(number, code, time.monotonic() - started, self._words(number)))
+            end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if end is None:
+                continue
+            if end.si_code != os.CLD_EXITED:  # it could not end its children
+                self._kill_group(process)  # and until it is reaped, the group's number cannot be anybody else's
+            code = process.wait()
+            del self._processes[number]
+            words = self._words(number)
+            exits.append(Exit(number, code, time.monotonic() - started, words, str(self.log(number))))
         return exits
 
     def _words(self, number: int) -> str:
@@ -77,23 +83,23 @@ class LocalExecutor(Executor):
             log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
             return log.read().decode(errors="replace").strip()
 
-    def stop(self, seconds: float) -> None:
-        self._signal(signal.SIGTERM)
+    def stop(self, seconds: float) -> int:
+        for process, _ in self._processes.values():
+            os.kill(process.pid, signal.SIGTERM)  # its children are the worker's to end
         deadline = time.monotonic() + seconds
         while self._processes and time.monotonic() < deadline:
             self.ended()
             time.sleep(0.02)
-        self._signal(signal.SIGKILL)
-        for process, _ in self._processes.values():
+        self.ended()
+        killed = [process for process, _ in self._processes.values()]
+        for process in killed:
+            self._kill_group(process)
+        for process in killed:
             process.wait()
         self._processes.clear()
+        return len(killed)
 
-    def _signal(self, number: int) -> None:
-        for process, _ in self._processes.values():
-            try:
-                if number == signal.SIGKILL:
-                    os.killpg(process.pid, number)
-                else:
-                    process.send_signal(number)  # its children are the worker's to end
-            except ProcessLookupError:
-                continue
+    @staticmethod
+    def _kill_group(process: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
