@@ -35,6 +35,8 @@ from datamodels.errors import ClaimLost, StoreError
 TIME_TO_LIVE = 120.0
 """Seconds without a heartbeat after which another host may take a row."""
 
+_LOOK_AGAIN = 1.0  # seconds between two looks at all claims of a commit; its lease is checked before every write
+
 
 @dataclass(frozen=True)
 class Process:
@@ -310,7 +312,7 @@ class Run:
             # Within the lease nobody can have taken a row, so looking at all of them can be rarer.
             nonlocal looked
             self._within_lease(rows)
-            if _now() - looked > 1:
+            if _now() - looked > _LOOK_AGAIN:
                 self.held(rows)
                 looked = _now()
 

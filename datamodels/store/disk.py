@@ -224,9 +224,7 @@ def _explained(folder: Path, name: str, otherwise: str = "the write did not happ
             errno.EFBIG: "larger than a file may be here (ulimit -f, or the file system's limit)",
             errno.EROFS: "the file system is read-only",
         }
-        raise StoreError(
-            f"{folder / name}: {error.strerror}: {hint.get(error.errno or 0, otherwise)}"
-        ) from error
+        raise StoreError(f"{folder / name}: {error.strerror}: {hint.get(error.errno or 0, otherwise)}") from error
 
 
 def _write_all(fd: int, data: bytes, offset: int) -> None:

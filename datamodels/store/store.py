@@ -621,6 +621,8 @@ def _clear(path: Path) -> None:
         record.unlink(missing_ok=True)
     for name in (COMPLETED_FILE, ROWS_FILE, f".{SPEC_FILE}.new"):
         (path / name).unlink(missing_ok=True)
+    for half in (*path.glob(f"..{SPEC_FILE}.new.*.partial"), *(path / "design").glob(".*.npy.*.partial")):
+        half.unlink(missing_ok=True)
 
 
 def _publish(beside: Path, path: Path) -> None:
