@@ -119,6 +119,19 @@ def test_ceiling_reliability_is_the_intraclass_correlation():
     assert round(reliability, 2) == 0.44
 
 
+def test_ceiling_of_a_few_very_unequal_masks_is_the_textbook_variance_components():
+    groups = [[1.0], [4.0, 5.5], [9.0, 7.5, 8.0, 8.5, 10.0, 9.5, 7.0, 8.0, 9.0]]
+    means, sizes = [sum(g) / len(g) for g in groups], [len(g) for g in groups]
+    within = [sum((v - m) ** 2 for v in g) for g, m in zip(groups, means, strict=True)]
+    grand = sum(map(sum, groups)) / 12
+    between = sum(k * (m - grand) ** 2 for k, m in zip(sizes, means, strict=True)) / 2
+    noise = sum(within) / (12 - 3)
+    signal = (between - noise) / ((12 - sum(k * k for k in sizes) / 12) / 2)
+    reliability = signal / (signal + noise * sum(1 / k for k in sizes) / 3)
+    got = _ceilings(np.array(means)[:, None], np.array(within)[:, None], np.array(sizes), np.ones((1, 3)))
+    assert got[0, 0] == pytest.approx(6 / np.pi * np.arcsin(np.sqrt(reliability) / 2))
+
+
 def test_pure_noise_has_ceiling_zero_or_near():
     rng = np.random.default_rng(0)
     got = score(rng.standard_normal((200, 20)), rng.standard_normal((200, 5, 20)))
@@ -151,6 +164,14 @@ def test_constant_targets_are_left_out_and_constant_predictions_count_as_zero():
     assert got.value == pytest.approx(np.delete(got.per_target, 2).mean())
     assert "1 constant targets left out" in str(got)
     assert np.isfinite([got.low, got.high, got.ceiling]).all()
+
+
+def test_constant_targets_do_not_dilute_the_intervals():
+    predicted, _, outcomes = simulate()
+    outcomes[:, :, 1:] = 0.1
+    got = score(predicted, outcomes, draws=200)
+    assert got.ceiling_low < got.ceiling < got.ceiling_high
+    assert got.low < got.value < got.high
 
 
 def test_rounding_of_means_makes_no_ranks():
