@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamodels.learning import data
 from datamodels.spec import Spec
 from tests import image_files
 
@@ -91,6 +92,23 @@ def test_a_row_is_its_mask_and_seed(train_cifar, folder):
     assert np.array_equal(margins, run(train_cifar, folder, half()))
     assert not np.allclose(margins, run(train_cifar, folder, half(), seed=1), atol=1e-3)
     assert not np.allclose(margins, run(train_cifar, folder, half(1)), atol=1e-3)
+
+
+def test_the_seed_makes_the_weights_and_the_order_and_batches_are_augmented(train_cifar, folder, monkeypatch):
+    calls = []
+
+    def train(model, *args, seed, augment, **kwargs):
+        calls.append((torch.nn.utils.parameters_to_vector(model.parameters()).clone(), seed, augment))
+        return model.eval()
+
+    monkeypatch.setattr(train_cifar.loop, "train", train)
+    for seed in (0, 0, 7):
+        run(train_cifar, folder, half(), seed=seed)
+    (first, *_), (again, *_), (other, *_) = calls
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert [seed for _, seed, _ in calls] == [0, 0, 7]
+    assert calls[0][2] == data.Augment(flip=True, translate=2, cutout=4, pad="zero")
 
 
 def test_the_two_margins_differ_as_a_maximum_and_a_soft_maximum_do(train_cifar, folder):
