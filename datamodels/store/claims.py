@@ -183,11 +183,14 @@ class Run:
             return True
         generation = 0
         while True:
-            holder = self._link(row, generation)
+            made = self._link(row, generation)
+            holder = self.id if made else self.holder(row, generation)
             if holder is None:  # released between two calls
                 continue
             if os.path.lexists(self.path(row, generation + 1)):
-                if holder == self.id:  # made below one that is held: its lower ones were given back
+                # One made just now, below one that is held, says nothing. An older one of ours has to stay: two that
+                # are missing in a row would hide what is held above them.
+                if made:
                     os.unlink(self.path(row, generation))
                 generation += 1
             elif holder == self.id:
@@ -200,15 +203,15 @@ class Run:
                     self._link(row, generation + 1)
                 generation += 1
 
-    def _link(self, row: int, generation: int) -> str | None:
-        """Make a claim unless there is one; whose it is, or None where it went away meanwhile."""
+    def _link(self, row: int, generation: int) -> bool:
+        """Make a claim unless there is one; whether it was made."""
         try:
             os.symlink(self.id, self.path(row, generation))
         except FileExistsError:
-            return self.holder(row, generation)
+            return False
         except OSError as error:
             raise StoreError(f"{self.path(row, generation)}: cannot claim the row: {error.strerror}") from error
-        return self.id
+        return True
 
     def holder(self, row: int, generation: int) -> str | None:
         try:

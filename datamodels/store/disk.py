@@ -109,7 +109,10 @@ class PosixDisk:
         if fd is None:
             with _explained(self.root, name):
                 fd = os.open(self.root / name, self._flags)
-            self._fds[name] = fd
+            kept = self._fds.setdefault(name, fd)
+            if kept != fd:  # another thread was first
+                os.close(fd)
+            return kept
         return fd
 
     def write(self, name: str, offset: int, data: bytes) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -63,6 +64,7 @@ class Store:
         self.num_models: int = spec.num_models
         self.layout, self.disk, self._time_to_live = layout, disk, time_to_live
         self._run: Run | None = None
+        self._making_run = threading.Lock()
 
     # ------------------------------------------------------------ make, open
 
@@ -189,11 +191,12 @@ class Store:
     @property
     def run(self) -> Run:
         """This process as a run of the store; made when first asked for, closed with the store or the process."""
-        if self._run is None or self._run.pid != os.getpid():  # a forked child is a run of its own
-            self._run = Run(
-                self.path, network=self.disk.network, time_to_live=self._time_to_live, describe=describe_process()
-            )
-        return self._run
+        with self._making_run:
+            if self._run is None or self._run.pid != os.getpid():  # a forked child is a run of its own
+                self._run = Run(
+                    self.path, network=self.disk.network, time_to_live=self._time_to_live, describe=describe_process()
+                )
+            return self._run
 
     def close(self, exit_status: int | None = None) -> None:
         if self._run is not None:
