@@ -46,8 +46,12 @@ class Interrupted(Exception):
         self.number = number
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def run_pool(
-    store: Store, executor: Executor, workers: int, *, say: Callable[[str], None] = print, progress: bool = True
+    store: Store, executor: Executor, workers: int, *, say: Callable[[str], None] = _say, progress: bool = True
 ) -> int:
     """Start `workers` copies, restart those that die, until no row is left; the exit code.
 
@@ -76,7 +80,7 @@ def run_pool(
                 if end.code == 2:
                     executor.stop(_STOP_SECONDS)
                     watch.close()
-                    say(_last_words(end))
+                    say(end.words)
                     return 2
                 barren = 0 if judge.moved() else barren + 1
                 if barren >= _BARREN_LIMIT:
@@ -205,6 +209,8 @@ class Watch:
             smoothing=0.1,
             disable=not (progress and terminal),
             dynamic_ncols=True,
+            # A terminal that does not know its size (docker run -t) would show an empty bar.
+            ncols=None if terminal and os.get_terminal_size(sys.stderr.fileno()).columns else 80,
         )
 
     def look(self) -> None:
@@ -242,9 +248,9 @@ class Watch:
         self._bar.update(done - self._done)
         self._done = done
         self._bar.close()
-        if self._lines:
+        if self._lines and done > self._first:
             self._line(time.monotonic())
-            self._lines = False
+        self._lines = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -278,8 +284,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run_pool(store, executor, workers)
         if code == 0:
             print(f"all {store.num_models} rows are complete")
-        if code == 2:
-            raise ConfigError("the workers cannot start; see above")
         return code
 
 

@@ -134,3 +134,10 @@ def until(condition, seconds=30):
         time.sleep(0.02)
     assert value, "it did not happen in time"
     return value
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

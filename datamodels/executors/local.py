@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from datamodels.executors.base import Executor, Exit
 
@@ -34,6 +35,12 @@ def capped_threads(workers: int, environ: Mapping[str, str]) -> dict[str, str]:
     return {name: environ.get(name, share) for name in THREAD_VARIABLES}
 
 
+class _Copy(NamedTuple):
+    process: subprocess.Popen[bytes]
+    started: float
+    log_begin: int  # what it prints begins here in its log, behind what earlier ones of its number did
+
+
 class LocalExecutor(Executor):
     """Each copy is a process group of its own, so that when it is killed what it started ends with it.
 
@@ -43,7 +50,7 @@ class LocalExecutor(Executor):
     def __init__(self, command: Sequence[str], *, workers: int, logs: Path, environment: Mapping[str, str]):
         self.command, self.logs = list(command), logs
         self.environment = {**os.environ, **capped_threads(workers, os.environ), **environment}
-        self._processes: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
+        self._processes: dict[int, _Copy] = {}
         logs.mkdir(parents=True, exist_ok=True)
 
     def log(self, number: int) -> Path:
@@ -51,6 +58,7 @@ class LocalExecutor(Executor):
 
     def start(self, number: int) -> None:
         with open(self.log(number), "ab") as log:
+            begin = log.tell()
             process = subprocess.Popen(
                 self.command,
                 env=self.environment,
@@ -59,14 +67,15 @@ class LocalExecutor(Executor):
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._processes[number] = (process, time.monotonic())
+        self._processes[number] = _Copy(process, time.monotonic(), begin)
 
     def running(self) -> int:
         return len(self._processes)
 
     def ended(self) -> list[Exit]:
         exits = []
-        for number, (process, started) in list(self._processes.items()):
+        for number, copy in list(self._processes.items()):
+            process = copy.process
             end = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if end is None:
                 continue
@@ -74,24 +83,24 @@ class LocalExecutor(Executor):
                 self._kill_group(process)  # and until it is reaped, the group's number cannot be anybody else's
             code = process.wait()
             del self._processes[number]
-            words = self._words(number)
-            exits.append(Exit(number, code, time.monotonic() - started, words, str(self.log(number))))
+            words = self._words(number, copy.log_begin)
+            exits.append(Exit(number, code, time.monotonic() - copy.started, words, str(self.log(number))))
         return exits
 
-    def _words(self, number: int) -> str:
+    def _words(self, number: int, begin: int) -> str:
         with open(self.log(number), "rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+            log.seek(max(begin, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
             return log.read().decode(errors="replace").strip()
 
     def stop(self, seconds: float) -> int:
-        for process, _ in self._processes.values():
-            os.kill(process.pid, signal.SIGTERM)  # its children are the worker's to end
+        for copy in self._processes.values():
+            os.kill(copy.process.pid, signal.SIGTERM)  # its children are the worker's to end
         deadline = time.monotonic() + seconds
         while self._processes and time.monotonic() < deadline:
             self.ended()
             time.sleep(0.02)
         self.ended()
-        killed = [process for process, _ in self._processes.values()]
+        killed = [copy.process for copy in self._processes.values()]
         for process in killed:
             self._kill_group(process)
         for process in killed:

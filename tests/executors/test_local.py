@@ -1,0 +1,109 @@
+"""Workers as processes of this machine."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from datamodels.executors.local import THREAD_VARIABLES, LocalExecutor, capped_threads, cores
+from tests.jobs import alive, until
+
+
+@pytest.fixture
+def local(tmp_path):
+    made = []
+
+    def make(source, **environment):
+        logs = tmp_path / "logs"
+        executor = LocalExecutor([sys.executable, "-c", source], workers=2, logs=logs, environment=environment)
+        made.append(executor)
+        return executor
+
+    yield make
+    for executor in made:
+        executor.stop(0)
+
+
+def ends(executor):
+    found = []
+    until(lambda: found.extend(executor.ended()) or not executor.running())
+    return sorted(found, key=lambda end: end.number)
+
+
+def test_codes_and_last_words_of_those_that_end(local):
+    executor = local(
+        "import os, sys, signal\nprint('hello', os.environ['X'], flush=True)\n"
+        "print('and goodbye', file=sys.stderr, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL) if os.environ['X'] == 'kill' else sys.exit(5)",
+        X="exit",
+    )
+    executor.start(0)
+    executor.environment["X"] = "kill"
+    executor.start(1)
+    assert executor.running() == 2
+    first, second = ends(executor)
+    assert (first.number, first.code, first.words) == (0, 5, "hello exit\nand goodbye")
+    assert (second.number, second.code, second.words) == (1, -signal.SIGKILL, "hello kill\nand goodbye")
+    assert Path(first.log).read_text() == first.words + "\n"
+    assert executor.ended() == [] and executor.running() == 0
+
+
+def test_only_the_end_of_a_long_log_is_kept_and_a_restart_appends(local):
+    executor = local("print('x' * 100_000, 'end')")
+    executor.start(0)
+    (end,) = ends(executor)
+    assert len(end.words) < 5000 and end.words.endswith("x end")
+    executor.start(0)
+    ends(executor)
+    assert os.path.getsize(end.log) == 2 * 100_005
+
+
+SPAWNS = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+print(child.pid, flush=True)
+%s
+time.sleep(60)
+"""
+
+
+def child_of(executor):
+    return int(until(lambda: executor.log(0).read_text().strip()))
+
+
+def test_stop_asks_and_then_makes_the_whole_group_end(local):
+    executor = local(SPAWNS % "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
+    executor.start(0)
+    child = child_of(executor)
+    started = time.monotonic()
+    assert executor.stop(0.4) == 1
+    assert 0.4 < time.monotonic() - started < 5
+    assert executor.running() == 0
+    until(lambda: not alive(child), 5)
+
+
+def test_stop_does_not_wait_for_those_that_listen(local):
+    executor = local("import time\nprint(1, flush=True)\ntime.sleep(60)")
+    executor.start(0)
+    child_of(executor)
+    started = time.monotonic()
+    assert executor.stop(20) == 0
+    assert time.monotonic() - started < 5
+
+
+def test_what_a_killed_worker_started_ends_with_it(local):
+    executor = local(SPAWNS % "os.kill(os.getpid(), signal.SIGKILL)")
+    executor.start(0)
+    child = child_of(executor)
+    ends(executor)
+    until(lambda: not alive(child), 5)
+
+
+def test_workers_share_the_cores_unless_the_user_says_otherwise():
+    assert set(capped_threads(1, {}).values()) == {str(cores())}
+    assert set(capped_threads(10**6, {}).values()) == {"1"}
+    mixed = capped_threads(10**6, {"OMP_NUM_THREADS": "7"})
+    assert mixed == {name: "7" if name == "OMP_NUM_THREADS" else "1" for name in THREAD_VARIABLES}

@@ -1,0 +1,329 @@
+"""The pool, as a user starts it: processes, signals, terminals."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datamodels.store import Store
+from tests.jobs import CALLED, Job, alive, finish, plain, until
+
+WORKS = CALLED + """
+import time
+def main(index):
+    called(index)
+    time.sleep(%s)
+    return {'x': index}
+"""
+
+
+class Pool(Job):
+    def argv(self, *more, main=None):
+        workers = [] if any(str(item).startswith("--pool.workers") for item in more) else ["--pool.workers=2"]
+        return [*super().argv(*more, main=main), *workers]
+
+    def start(self, *more, module="datamodels.pool", **options):
+        return super().start(*more, module=module, **options)
+
+    def workers(self, pool):
+        """Process ids of the workers of a pool."""
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return [int(pid) for pid in Path(f"/proc/{pool}/task/{pool}/children").read_text().split()]
+        return []
+
+
+# ------------------------------------------------------------------ filling a store
+
+
+def test_three_workers_fill_a_store(tmp_path):
+    job = Pool(tmp_path, plain(60), WORKS % 0.02)
+    code, out, err = job.run("--pool.workers=3")
+    assert code == 0 and "all 60 rows are complete" in out
+    assert job.array("x").tolist() == list(range(60))
+    assert sorted(map(int, job.calls())) == list(range(60))
+    assert len(set(job.array("_rows")["run"].tolist())) == 3  # all of them worked
+    assert "60/60 rows" in err and "\r" not in err  # a line, no bar: this is not a terminal
+    assert not list((job.path / "claims").iterdir())
+    with Store.open(job.path) as store:
+        assert store.rows("x").tolist() == list(range(60))
+
+
+def test_a_full_store_returns_at_once(tmp_path):
+    job = Pool(tmp_path, plain(3), WORKS % 0)
+    assert job.run("--pool.workers=1")[0] == 0
+    before = job.files()
+    (tmp_path / "job.py").unlink()
+    code, out, err = job.run()
+    assert (code, out, err) == (0, "all 3 rows are complete\n", "")
+    assert job.files() == before
+
+
+THREADS = """
+import os
+def main(index): return {'x': float(os.environ['OMP_NUM_THREADS'] + '.' + os.environ['OPENBLAS_NUM_THREADS'])}
+"""
+
+
+@pytest.mark.parametrize(("mine", "expected"), [("", 1.1), ("7", 7.1)])
+def test_blas_threads_are_capped_unless_the_user_says_otherwise(tmp_path, monkeypatch, mine, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    job = Pool(tmp_path, plain(1), THREADS)
+    workers = len(os.sched_getaffinity(0))
+    assert job.run(f"--pool.workers={workers}", env={"OMP_NUM_THREADS": mine} if mine else {})[0] == 0
+    assert job.array("x").tolist() == [expected]
+
+
+OPTIONS = """
+from fastargs import Param, Section
+from fastargs.decorators import param
+Section('trainer').params(lr=Param(float, '', required=True), scale=Param(float, '', default=1.0))
+@param('trainer.lr')
+@param('trainer.scale')
+def main(*_, index, logdir, lr, scale): return {'x': lr * scale}
+"""
+
+
+def test_one_file_for_pool_worker_and_main(tmp_path):
+    job = Pool(tmp_path, plain(2), OPTIONS)
+    (tmp_path / "job.yml").write_text(
+        f"pool: {{workers: 1}}\ntrainer: {{lr: 5e-1, scale: 3}}\n"
+        f"worker: {{logdir: {job.path}, main_import: job, retries: 0, sync: false}}\n"
+    )
+    code, _, err = finish(job.start(argv=["-C", "job.yml", "--trainer.scale", "4"]))
+    assert code == 0, err
+    assert job.array("x").tolist() == [2.0, 2.0]
+    assert len(set(job.array("_rows")["run"].tolist())) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--trainer.lr=1", "--trainer.scal=2"], "did you mean --trainer.scale?"),
+        (["--trainer.lr=x"], "expected a float, got 'x'"),
+        (["--trainer.lr=1", "--worker.retrys=2"], "did you mean --worker.retries?"),
+        (["--trainer.lr=1", "--pool.worker=2"], "pool.worker (command line): unknown key; did you mean 'workers'?"),
+        (["--trainer.lr=1", "--worker.index=1"], "worker.index (command line): a pool runs all rows"),
+        (["--trainer.lr=1", "--worker.smoke"], "worker.smoke (command line): a pool runs all rows"),
+        (["--trainer.lr=1", "--pool.workers=-1"], "expected an int >= 0"),
+        (["--trainer.lr=1", "--worker.batch=8"], "job has no main_many()"),
+        ([], "--trainer.lr is required"),
+    ],
+)
+def test_a_mistake_is_refused_at_the_start(tmp_path, argv, message):
+    job = Pool(tmp_path, plain(2), OPTIONS)
+    code, out, err = job.run(*argv)
+    assert code == 2
+    assert message in err and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not any(job.attempts)
+
+
+def test_a_module_that_does_not_import_is_shown_once(tmp_path):
+    job = Pool(tmp_path, plain(2), "import nothing_of_this_name")
+    code, out, err = job.run()
+    assert code == 2
+    assert out == "" and err.startswith("Traceback")
+    assert err.count("No module named 'nothing_of_this_name'") == 2  # the traceback and the line
+    assert "its traceback is above" in err.splitlines()[-1]
+
+
+# ------------------------------------------------------------------ workers that die
+
+
+def test_a_worker_that_is_killed_is_started_again(tmp_path):
+    job = Pool(tmp_path, plain(40), WORKS % 0.05)
+    process = job.start()
+    until(lambda: len(job.calls()) > 4)
+    victim = job.workers(process.pid)[0]
+    os.kill(victim, signal.SIGKILL)
+    code, _, err = finish(process)
+    assert (code, job.completed) == (0, [True] * 40), err
+    assert re.search(r"worker \d was killed by SIGKILL \(out of memory\?\) after \d+ s; starting it again", err)
+    assert job.array("x").tolist() == list(range(40))
+    assert len(job.calls()) <= 41 and sum(job.attempts) <= 41  # the row in hand was run twice, if there was one
+
+
+def test_a_worker_that_is_asked_to_end_is_started_again(tmp_path):
+    job = Pool(tmp_path, plain(16), WORKS % 0.1)
+    process = job.start("--pool.workers=1")
+    until(lambda: len(job.calls()) > 2)
+    os.kill(job.workers(process.pid)[0], signal.SIGTERM)
+    code, _, err = finish(process)
+    assert (code, job.completed, job.attempts) == (0, [True] * 16, [1] * 16)
+    assert "ended with code 143" in err
+
+
+@pytest.mark.parametrize("line", ["os._exit(0)", "os._exit(1)", "os.kill(os.getpid(), 11)"])
+def test_a_main_that_always_takes_its_process_down(tmp_path, line):
+    job = Pool(tmp_path, plain(400), CALLED + f"import os\ndef main(index):\n    called(index)\n    {line}")
+    code, _, err = job.run()
+    assert code == 1
+    assert "5 workers in a row died before any row was finished; the last one" in err
+    assert "0 of 400 rows are complete" in err
+    assert 5 <= len(job.calls()) <= 7
+
+
+def test_rows_that_take_their_process_down_do_not_stop_the_others(tmp_path):
+    """Three such rows and two tries each: six deaths, most of them in a row, at the end."""
+    line = "if index in (1, 4, 7): os._exit(9)\n    return {'x': index}"
+    job = Pool(tmp_path, plain(10), CALLED + f"import os\ndef main(index):\n    called(index)\n    {line}")
+    code, _, err = job.run("--worker.retries=1")
+    assert code == 1
+    assert job.completed == [row not in (1, 4, 7) for row in range(10)]
+    assert job.attempts == [2 if row in (1, 4, 7) else 1 for row in range(10)]
+    assert "7 of 10 rows are complete; 3 failed, 0 held by other workers, 0 not done" in err
+    for row in (1, 4, 7):
+        assert f"row {row}: 2 attempts, The process that ran this row died without leaving a word, 2 times" in err
+    assert err.count("ended with code 9") == 6
+
+
+def test_rows_that_fail_are_listed_and_the_first_is_told_at_once(tmp_path):
+    source = """
+import time
+def main(index):
+    time.sleep(.05 if index else 0)
+    print('row', index, 'says hello')
+    if index % 10 == 0: raise ValueError(f'no luck with {index}')
+    return {'x': index}
+"""
+    job = Pool(tmp_path, plain(100), source)
+    code, out, err = job.run("--worker.retries=0")
+    assert code == 1
+    assert "90 of 100 rows are complete; 10 failed" in err and "ValueError: no luck with 90" in err
+    assert f"tracebacks: {job.path}/workers/<row>/attempt-*.json" in err
+    assert re.search(r"row \d+: 1 attempts, ValueError: no luck with \d+; see ", err)
+    assert out == "" and "90/100 rows" in err and "10 failed" in err
+    logs = "".join(path.read_text() for path in job.path.glob("runs/pool-*/worker-*.log"))
+    assert logs.count("says hello") == 100
+
+
+# ------------------------------------------------------------------ Ctrl-C
+
+
+class Terminal:
+    """A pseudo-terminal with a pool as its foreground process."""
+
+    def __init__(self, job, *more, columns=80):
+        self.fd, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.process = job.start(
+            *more, stdin=slave, stdout=slave, stderr=slave, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        )
+        os.close(slave)
+        os.set_blocking(self.fd, False)
+        self.text = ""
+
+    def read(self):
+        with contextlib.suppress(BlockingIOError, OSError):  # it is silent, or gone
+            while chunk := os.read(self.fd, 1 << 16):
+                self.text += chunk.decode(errors="replace")
+        return self.text
+
+    def type(self, keys):
+        os.write(self.fd, keys)
+
+    def wait(self, seconds=30):
+        """The exit code."""
+        until(lambda: self.read() is None or self.process.poll() is not None, seconds)
+        self.read()
+        os.close(self.fd)
+        return self.process.returncode
+
+
+STUCK_AFTER = CALLED + """
+import os, time
+def main(index):
+    called(index)
+    if index > 5 and not os.path.exists('go'): %s
+    return {'x': index}
+"""
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "ctrl-c twice", "sigint", "sigterm"])
+def test_stopping_loses_nothing_and_goes_on_later(tmp_path, how):
+    job = Pool(tmp_path, plain(20), STUCK_AFTER % "time.sleep(60)")
+    terminal = Terminal(job)
+    until(lambda: terminal.read() and len([row for row in job.calls() if int(row) > 5]) == 2)
+    workers, started = job.workers(terminal.process.pid), time.monotonic()
+    if how.startswith("ctrl-c"):  # the terminal sends SIGINT to its foreground group
+        terminal.type(b"\x03")
+        if how.endswith("twice"):
+            time.sleep(0.05)
+            terminal.type(b"\x03")
+    else:
+        os.kill(terminal.process.pid, signal.SIGINT if how == "sigint" else signal.SIGTERM)
+    assert terminal.wait() == (143 if how == "sigterm" else 130)
+    assert time.monotonic() - started < 6
+    assert len(workers) == 2 and not any(map(alive, workers))
+    done = job.completed
+    assert f"stopped: {sum(done)} of 20 rows are complete and safe; run the same command again" in terminal.text
+    assert "Traceback" not in terminal.text
+    assert job.attempts == [int(flag) for flag in done]
+    assert not list((job.path / "claims").iterdir())
+    if how != "ctrl-c":
+        return
+    (tmp_path / "go").touch()
+    code, out, _ = job.run()
+    assert code == 0 and "all 20 rows are complete" in out
+    assert job.attempts == [1] * 20 and job.array("x").tolist() == list(range(20))
+
+
+def test_a_worker_that_does_not_listen_is_killed_and_its_row_not_counted(tmp_path):
+    job = Pool(tmp_path, plain(20), STUCK_AFTER % "sum(iter(int, 1))")  # C, with the interpreter's lock held
+    process = job.start("--pool.workers=1")
+    until(lambda: job.calls() and int(job.calls()[-1]) > 5)
+    time.sleep(0.3)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130 and 3 < time.monotonic() - started < 10
+    assert "rows are complete and safe" in err
+    assert job.attempts == [int(flag) for flag in job.completed]
+
+
+def test_no_worker_goes_on_when_the_pool_is_killed(tmp_path):
+    job = Pool(tmp_path, plain(20), STUCK_AFTER % "time.sleep(60)")
+    process = job.start()
+    until(lambda: len([row for row in job.calls() if int(row) > 5]) == 2)
+    workers = job.workers(process.pid)
+    process.kill()
+    finish(process)
+    assert len(workers) == 2
+    until(lambda: not any(map(alive, workers)), 5)
+    assert job.attempts == [int(flag) for flag in job.completed]
+
+
+# ------------------------------------------------------------------ what is seen
+
+
+@pytest.mark.parametrize("columns", [0, 100])  # 0: a terminal that does not know
+def test_a_terminal_shows_a_bar(tmp_path, columns):
+    job = Pool(tmp_path, plain(30), WORKS % 0.04)
+    terminal = Terminal(job, columns=columns)
+    assert terminal.wait() == 0
+    frames = terminal.text.split("\r")
+    bars = [re.search(r"(\d+)%\|.*\| *(\d+)/30 \[\d\d:\d\d<", frame) for frame in frames]
+    counts = [int(bar[2]) for bar in bars if bar]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 30
+    assert len(set(counts)) > 3  # it moved
+    assert re.search(r"row/s", terminal.text)
+    assert terminal.text.endswith("all 30 rows are complete\r\n")
+
+
+def test_the_bar_counts_what_was_done_while_workers_died(tmp_path):
+    line = "if index == 3: os._exit(9)\n    return {'x': index}"
+    job = Pool(tmp_path, plain(12), f"import os, time\ndef main(index):\n    time.sleep(.05)\n    {line}")
+    terminal = Terminal(job, "--worker.retries=1")
+    assert terminal.wait() == 1
+    assert np.sum(job.completed) == 11
+    assert re.findall(r"(\d+)/12 \[", terminal.text)[-1] == "11"
+    assert "worker" in terminal.text and "ended with code 9" in terminal.text
