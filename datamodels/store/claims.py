@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -122,11 +123,20 @@ class Run:
                 f"{folder}: cannot enter this process as one of the store's runs: {error.strerror}; to claim or commit "
                 f"a row, the folder must be writable and have space"
             ) from error
+        self._clear_locks()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat_for_ever, name="datamodels heartbeat", daemon=True)
         self._thread.start()
         _RUNS.add(self)
         atexit.register(self.close)
+
+    def _clear_locks(self) -> None:
+        """Remove locks of runs that were killed; some at a time, for there may be thousands of living ones."""
+        locks = [name for name in os.listdir(self._claims) if name.endswith(".lock")]
+        for name in random.sample(locks, min(len(locks), 32)):
+            if self._dead(name.removesuffix(".lock")):
+                with contextlib.suppress(OSError):
+                    os.unlink(f"{self._claims}/{name}")
 
     # ------------------------------------------------------------------ life
 
