@@ -84,13 +84,12 @@ class Bench:
     """The writers of a store, what they said, and what a reader has to find."""
 
     def __init__(self, path, *, sync):
-        self.path = path
+        self.path, self.sync = path, sync
         Store.create(path, SPEC).close()
         script = [sys.executable, "-c", textwrap.dedent(WRITERS), str(path), str(ROWS), str(WIDTH), str(int(sync))]
         self.process = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV, cwd=path)
         self.allowed = {row: {None} for row in range(ROWS)}  # versions that a row may hold, None: incomplete
-        self.writers: dict[int, int] = {}
-        self.kills = self.done = self.replaced_unheard = 0
+        self.kills = self.done = self.unheard = 0
         self.buffer = b""
 
     def start(self, seed):
@@ -150,9 +149,8 @@ class Bench:
                 assert version in self.allowed[row], f"row {row} is {version}, expected one of {self.allowed[row]}"
                 np.testing.assert_array_equal(plain["x"][row], np.arange(WIDTH, dtype=float) * (row + 1) + version)
                 assert plain["text"][row] == f"{row}.{version}"
-                self.replaced_unheard += len(self.allowed[row]) > 1 and version == max(
-                    v for v in self.allowed[row] if v
-                )
+                newest = max(v for v in self.allowed[row] if v is not None)
+                self.unheard += len(self.allowed[row]) > 1 and version == newest
                 self.allowed[row] = {version}  # it was seen, so it stays
 
     def close(self):
@@ -185,7 +183,7 @@ def kill_again_and_again(bench, kills, writers, longest, seed):
             alive.append(bench.start(number))
         rng.shuffle(alive)
         for pid in alive:  # one goes, the others take over its rows, then the next
-            time.sleep(rng.random() ** 2 * longest)
+            time.sleep(rng.random() * longest)
             bench.kill(pid)
         bench.settle()
         bench.check()
@@ -200,11 +198,11 @@ def kill_again_and_again(bench, kills, writers, longest, seed):
 @pytest.mark.parametrize("writers", [1, 3])
 def test_writers_killed_at_random_moments(bench, writers):
     kill_again_and_again(bench, kills=15, writers=writers, longest=0.25, seed=writers)
-    assert bench.done > 30, "the writers hardly got to commit"
+    assert bench.done > (5 if bench.sync else 30), "the writers hardly got to commit"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writers", [1, 3])
 def test_a_thousand_kills(bench, writers):
     kill_again_and_again(bench, kills=250, writers=writers, longest=0.4, seed=10 + writers)
-    assert bench.replaced_unheard > 10, "hardly any kill came between a commit and the word of it"
+    assert bench.unheard > 3, "hardly any kill came between a commit and the word of it"
