@@ -26,7 +26,7 @@ from datamodels.spec import COMPLETED, Field, Spec, nearest
 from datamodels.store import commit as commits
 from datamodels.store.claims import TIME_TO_LIVE, Process, Run, claimed, describe_process
 from datamodels.store.commit import COMPLETED_FILE, KEY_RECORD, ROW_RECORD, ROWS_FILE, Layout, RowInfo
-from datamodels.store.disk import PosixDisk
+from datamodels.store.disk import PosixDisk, filesystem
 
 SPEC_FILE, MARKER = "spec.json", "spec.json.partial"
 _FOLDERS = ("claims", "runs", "workers")
@@ -218,8 +218,14 @@ class Store:
         """The raw array of a key, (num_models, *disk shape), mapped read-only: no checksum, no completeness."""
         if key != COMPLETED:
             self.field(key)
-        array: np.ndarray = np.load(self.path / f"{key}.npy", mmap_mode="r", allow_pickle=False)
-        return array
+        path = self.path / f"{key}.npy"
+        stat = path.stat()
+        if stat.st_blocks * 512 < stat.st_size and filesystem(path) == "tmpfs":
+            # To look at a hole through a map is to fill it there, and where there is no space left that is a SIGBUS.
+            array: np.ndarray = np.load(path, allow_pickle=False)
+            array.flags.writeable = False
+            return array
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
     def field(self, key: str) -> Field:
         if key not in self.spec.schema:

@@ -645,6 +645,22 @@ def test_a_full_file_system(small_disk):
     store.close()
 
 
+def test_looking_at_what_was_never_written_on_a_full_disk_is_no_sigbus(small_disk):
+    script = """
+        import sys
+        import numpy as np
+        from datamodels.store import Store
+        store = Store.open(sys.argv[1])
+        print(int(store["x"].sum()), store["x"].flags.writeable)
+    """
+    spec = {"num_models": 600, "schema": {"x": {"shape": [4096], "dtype": "uint8"}}}
+    with Store.create(small_disk / "s", spec, reserve=False) as store:
+        store.commit_many([5], {"x": [np.ones(4096)]})
+    filler(small_disk)
+    done = python(script, small_disk / "s")
+    assert (done.returncode, done.stdout) == (0, "4096 False\n"), done.stderr
+
+
 def filler(folder):
     with open(folder / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"\1" * 4096):
