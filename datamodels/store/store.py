@@ -220,12 +220,11 @@ class Store:
             self.field(key)
         path = self.path / f"{key}.npy"
         stat = path.stat()
-        if stat.st_blocks * 512 < stat.st_size and filesystem(path) == "tmpfs":
-            # To look at a hole through a map is to fill it there, and where there is no space left that is a SIGBUS.
-            array: np.ndarray = np.load(path, allow_pickle=False)
-            array.flags.writeable = False
-            return array
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        # To look at a hole through a map is to fill it on tmpfs, and where no space is left that is a SIGBUS.
+        holes = stat.st_blocks * 512 < stat.st_size and filesystem(path) == "tmpfs"
+        array: np.ndarray = np.load(path, mmap_mode=None if holes else "r", allow_pickle=False)
+        array.flags.writeable = False
+        return array
 
     def field(self, key: str) -> Field:
         if key not in self.spec.schema:

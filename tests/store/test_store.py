@@ -126,6 +126,19 @@ def test_rows_come_as_asked(store):
         store["../spec"]
 
 
+def test_rows_near_and_far_and_in_pieces(tmp_path, monkeypatch):
+    """What is near is read together, what is far is not, and a large request is read in pieces."""
+    spec = {"num_models": 9000, "schema": {"x": {"shape": [5], "dtype": "int32"}}}
+    with Store.create(tmp_path / "s", spec, sync=False) as store:
+        some = np.unique(np.concatenate([np.arange(0, 9000, 7), [8000, 8001, 8002, 8999]]))
+        store.commit_many(some, {"x": some[:, None] * np.arange(5)})
+        monkeypatch.setattr(store_module, "_READ_ROWS", 100)
+        for rows in (None, some[::-1], [8999, 0, 7, 7, 8001, 4200, 14], some[[3]]):
+            expected = some if rows is None else np.asarray(rows)
+            np.testing.assert_array_equal(store.rows("x", rows), expected[:, None] * np.arange(5))
+        assert list(verify(store)) == []
+
+
 def test_optional_keys(store):
     commit(store, [0, 1])
     store.commit_many([2], {**{k: [v] for k, v in values(2).items()}, "extra": [np.nan], "none": [[]]})
