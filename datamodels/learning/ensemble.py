@@ -108,8 +108,8 @@ def _at_once(architecture: Architecture, inputs: torch.Tensor, recipe: Recipe) -
 class _Step(NamedTuple):
     """One update of the first `models` models.
 
-    `examples` and `labels` (models, m), int64; `weights` (models, m), what each example's gradient counts: 1/batch,
-    or 0 for padding; `rates` (models,), the learning rates.
+    `examples` (models, m) and `labels` (models, 1, m), int64; `weights` (models, 1, m), what each example's gradient
+    counts: 1/batch, or 0 for padding; `rates` (models, 1, 1), the learning rates.
     """
 
     examples: torch.Tensor
@@ -144,14 +144,16 @@ def _steps(
         each[limit if limit is not None else len(each) :] = 0
         rates[model, :, : -(-len(kept) // batch)] = each.reshape(recipe.epochs, -1)
     live = rates.max(0) > 0
-    rates_at = torch.from_numpy(np.ascontiguousarray(rates.transpose(1, 2, 0))).to(dtype)
+    rates_at = torch.from_numpy(np.ascontiguousarray(rates.transpose(1, 2, 0))).to(dtype)[..., None, None]
 
     plan = []  # per step of an epoch: how many models take part, the widest batch among them, the weights
     for step in range(num_steps):
         left = np.minimum(sizes - step * batch, batch)
         active, wide = int((left > 0).sum()), int(left[0])
         weights = (np.arange(wide) < left[:active, None]) / left[:active, None]
-        plan.append((active, slice(step * batch, step * batch + wide), torch.from_numpy(weights).to(dtype)))
+        plan.append(
+            (active, slice(step * batch, step * batch + wide), torch.from_numpy(weights).to(dtype).unsqueeze(1))
+        )
 
     low = np.uint64(2**POSITION_BITS - 1)
     positions = np.arange(longest, dtype=np.uint64)
@@ -169,34 +171,29 @@ def _steps(
         keys.sort(axis=1)
         keys &= low
         examples = torch.gather(kept_examples, 1, torch.from_numpy(keys.view(np.int64)))
-        labelled = labels.index_select(0, examples.flatten()).view_as(examples)
+        labelled = labels.index_select(0, examples.flatten()).view_as(examples).unsqueeze(1)
         for step, (active, columns, weights) in enumerate(plan):
             if not live[epoch, step]:
                 break
-            yield _Step(examples[:active, columns], labelled[:active, columns], weights, rates_at[epoch, step, :active])
+            rate = rates_at[epoch, step, :active]
+            yield _Step(examples[:active, columns], labelled[:active, :, columns], weights, rate)
 
 
 class _Layer(NamedTuple):
     """What one layer of the first `active` models reads and writes in an update of `wide` examples each.
 
-    All are views. out = bias + left @ right; weight gradient = slope_left @ slope_right; bias gradient = delta
-    summed over `axis`; what flows back = back_left @ back_right, into `below_delta`.
+    All are views. out = left @ right; gradient of the parameters = slopes[0] @ slopes[1]; what flows back =
+    back[0] @ back[1]. `below` are the layer's inputs, with a last column of ones that carries the bias.
     """
 
-    bias_wide: torch.Tensor
+    below: torch.Tensor
     left: torch.Tensor
     right: torch.Tensor
     out: torch.Tensor
-    delta: torch.Tensor
-    axis: int
     slopes: tuple[torch.Tensor, torch.Tensor]
     back: tuple[torch.Tensor, torch.Tensor]
-    below: torch.Tensor
-    below_delta: torch.Tensor | None
-    weight: torch.Tensor
-    bias: torch.Tensor
-    weight_velocity: torch.Tensor
-    bias_velocity: torch.Tensor
+    parameters: torch.Tensor
+    velocity: torch.Tensor
 
 
 @torch.no_grad()
@@ -211,107 +208,89 @@ def _mlp(
 ) -> dict[str, torch.Tensor]:
     """Train MLPs by hand-written gradients; at the top these are (softmax − target) / batch.
 
-    Weights lie as (K, in, out), but the last layer's as (K, classes, in) with logits (K, classes, m): torch's
-    softmax over a last axis of ten is fifteen times slower than over a middle one. And torch's batched products
-    run one call per matrix unless the result is contiguous, so no two of these tensors share a row.
+    A step is a few dozen calls on tensors that fit in cache, so calls are what is saved. Parameters lie as
+    (K, in + 1, out) with the bias as last row, the last layer's as (K, classes, in + 1) with logits
+    (K, classes, m): torch's softmax over a last axis of ten is fifteen times slower than over a middle one. The
+    result of every batched product is contiguous, as torch otherwise makes one call for each matrix.
     """
     dtype, batch, sizes = inputs.dtype, recipe.batch_size, architecture.sizes
-    table = inputs.flatten(1).contiguous()
-    if table.shape[1] != sizes[0]:
+    if inputs[0].numel() != sizes[0]:
         raise DatamodelsError(
             f"ensemble: expected inputs of {sizes[0]} numbers each, as the MLP's first size says; "
             f"got shape {tuple(inputs.shape)}"
         )
     check_labels(labels, sizes[-1], "train")
+    table = functional.pad(inputs.flatten(1), (0, 1), value=1.0)
     count, depth = len(members), len(sizes) - 1
     top = depth - 1
-    weights, biases = [], []
-    for layer, (weight, bias) in enumerate(architecture.initials(seeds)):
-        weights.append((weight if layer == top else weight.transpose(1, 2)).to(dtype).contiguous())
-        biases.append(bias.unsqueeze(2 if layer == top else 1).to(dtype).contiguous())
-    weight_velocities, bias_velocities = ([torch.zeros_like(p) for p in bank] for bank in (weights, biases))
-    outs, deltas = ([torch.empty(count * batch * size, dtype=dtype) for size in sizes] for _ in range(2))
+    starts = [torch.cat([weight, bias.unsqueeze(2)], 2).to(dtype) for weight, bias in architecture.initials(seeds)]
+    parameters = [p if layer == top else p.transpose(1, 2).contiguous() for layer, p in enumerate(starts)]
+    velocities = [torch.zeros_like(p) for p in parameters]
     momentum, decay, smooth = recipe.momentum, recipe.weight_decay, recipe.label_smoothing
+
+    chosen = torch.empty(count * batch * (sizes[0] + 1), dtype=dtype)
+    hidden = [torch.ones(count, batch, size + 1, dtype=dtype) for size in sizes[1:-1]]
+    # a layer's sums before relu, and later what flows back to them
+    outs = [torch.empty(count * batch * size, dtype=dtype) for size in sizes[1:]]
+    errors = torch.empty_like(outs[top])
     hit = torch.full((1, 1, 1), smooth - 1, dtype=dtype)
 
     @functools.cache
-    def layers(active: int, wide: int) -> tuple[torch.Tensor, list[_Layer]]:
+    def views(active: int, wide: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[_Layer]]:
+        """The flat batch, what to add at the labels, the errors at the top, and the layers."""
+
         def shaped(store: torch.Tensor, *shape: int) -> torch.Tensor:
             return store[: math.prod(shape)].view(shape)
 
-        flat = shaped(outs[0], active * wide, sizes[0])
-        below, below_delta = flat.view(active, wide, sizes[0]), None
-        result = []
-        for layer in range(depth):
-            weight, bias = weights[layer][:active], biases[layer][:active]
-            size = sizes[layer + 1]
-            shape = (active, size, wide) if layer == top else (active, wide, size)
-            out, delta = shaped(outs[layer + 1], *shape), shaped(deltas[layer + 1], *shape)
-            weight_t, below_t, delta_t = (t.transpose(1, 2) for t in (weight, below, delta))
-            result.append(
-                _Layer(
-                    bias_wide=bias.expand_as(out),
-                    left=weight if layer == top else below,
-                    right=below_t if layer == top else weight,
-                    out=out,
-                    delta=delta,
-                    axis=2 if layer == top else 1,
-                    slopes=(delta, below) if layer == top else (below_t, delta),
-                    back=(delta_t, weight) if layer == top else (delta, weight_t),
-                    below=below,
-                    below_delta=below_delta,
-                    weight=weight,
-                    bias=bias,
-                    weight_velocity=weight_velocities[layer][:active],
-                    bias_velocity=bias_velocities[layer][:active],
-                )
-            )
-            below, below_delta = out, delta
-        return flat, result
+        flat = shaped(chosen, active * wide, sizes[0] + 1)
+        belows = [flat.view(active, wide, -1)] + [h[:active, :wide] for h in hidden]
+        stack = []
+        for layer, (below, size) in enumerate(zip(belows, sizes[1:], strict=True)):
+            p, v = parameters[layer][:active], velocities[layer][:active]
+            if layer == top:
+                out, error = (shaped(store, active, size, wide) for store in (outs[layer], errors))
+                left, right = p, below.transpose(1, 2)
+                slopes, back = (error, below), (error.transpose(1, 2), p[:, :, :-1])
+            else:
+                out = shaped(outs[layer], active, wide, size)
+                left, right = below, p
+                slopes, back = (below.transpose(1, 2), out), (out, p[:, :-1].transpose(1, 2))
+            stack.append(_Layer(below[:, :, :-1], left, right, out, slopes, back, p, v))
+        return flat, hit.expand(active, 1, wide), error, stack
 
     for step in _steps(members, seeds, labels, recipe, max_batches, dtype):
-        active, wide = step.examples.shape
-        x, stack = layers(active, wide)
+        x, at_labels, error, stack = views(*step.examples.shape)
         torch.index_select(table, 0, step.examples.flatten(), out=x)
-        for part in stack:
-            torch.baddbmm(part.bias_wide, part.left, part.right, out=part.out)
-            if part is not stack[-1]:
-                part.out.relu_()
-        delta, target = stack[-1].delta, step.labels.unsqueeze(1)
-        torch.softmax(stack[-1].out, 1, out=delta)
-        delta.scatter_add_(1, target, hit.expand_as(target))
+        for layer, part in enumerate(stack):
+            torch.bmm(part.left, part.right, out=part.out)
+            if layer < top:
+                torch.clamp_min(part.out, 0, out=stack[layer + 1].below)
+        torch.softmax(stack[top].out, 1, out=error)
+        error.scatter_add_(1, step.labels, at_labels)
         if smooth:
-            delta.sub_(smooth / sizes[-1])
-        delta.mul_(step.weights.unsqueeze(1))
-        rate = step.rates.neg().view(active, 1, 1)
-        for part in reversed(stack):
-            if part.below_delta is not None:
-                torch.bmm(*part.back, out=part.below_delta)
-                # relu's derivative: 0 wherever the layer below gave 0
-                torch.ops.aten.threshold_backward.grad_input(
-                    part.below_delta, part.below, 0, grad_input=part.below_delta
-                )
-            bias_slope = part.delta.sum(part.axis, keepdim=True)
+            error.sub_(smooth / sizes[-1])
+        error.mul_(step.weights)
+        for layer in range(top, -1, -1):
+            part = stack[layer]
+            if layer > 0:
+                under = stack[layer - 1].out
+                torch.bmm(*part.back, out=under)
+                # relu's derivative: 0 wherever relu gave 0
+                torch.ops.aten.threshold_backward.grad_input(under, part.below, 0, grad_input=under)
+            p, v = part.parameters, part.velocity
             if recipe.nesterov:
-                weight_slope = torch.bmm(*part.slopes)
-                for p, v, g in (
-                    (part.weight, part.weight_velocity, weight_slope),
-                    (part.bias, part.bias_velocity, bias_slope),
-                ):
-                    g.add_(p, alpha=decay)
-                    v.mul_(momentum).add_(g)
-                    p.addcmul_(g, rate).addcmul_(v, rate, value=momentum)
+                slope = torch.bmm(*part.slopes).add_(p, alpha=decay)
+                v.mul_(momentum).add_(slope)
+                p.addcmul_(slope, step.rates, value=-1).addcmul_(v, step.rates, value=-momentum)
             else:
-                part.weight_velocity.baddbmm_(*part.slopes, beta=momentum)
-                part.bias_velocity.mul_(momentum).add_(bias_slope)
-                for p, v in ((part.weight, part.weight_velocity), (part.bias, part.bias_velocity)):
-                    if decay:
-                        v.add_(p, alpha=decay)
-                    p.addcmul_(v, rate)
+                v.baddbmm_(*part.slopes, beta=momentum)
+                if decay:
+                    v.add_(p, alpha=decay)
+                p.addcmul_(v, step.rates, value=-1)
 
-    names = architecture.parameter_names
-    weights[:top] = [weight.transpose(1, 2) for weight in weights[:top]]
-    return dict(zip(names, [p for w, b in zip(weights, biases, strict=True) for p in (w, b.flatten(1))], strict=True))
+    parameters[:top] = [p.transpose(1, 2) for p in parameters[:top]]
+    split = [part for p in parameters for part in (p[:, :, :-1], p[:, :, -1])]
+    return dict(zip(architecture.parameter_names, split, strict=True))
 
 
 def _vmapped(
@@ -340,17 +319,17 @@ def _vmapped(
     for step in _steps(members, seeds, labels, recipe, max_batches, inputs.dtype):
         active = len(step.examples)
         now = {name: values[:active] for name, values in parameters.items()}
-        slopes = gradients(now, inputs[step.examples], step.labels, step.weights)
+        slopes = gradients(now, inputs[step.examples], step.labels.squeeze(1), step.weights.squeeze(1))
         for name, p in now.items():
             g, v = slopes[name], velocities[name][:active]
-            rate = step.rates.neg().view(active, *[1] * (p.ndim - 1))
+            rate = step.rates.view(active, *[1] * (p.ndim - 1))
             if recipe.weight_decay:
                 g = g.add(p, alpha=recipe.weight_decay)
             v.mul_(recipe.momentum).add_(g)
             if recipe.nesterov:
-                p.addcmul_(g, rate).addcmul_(v, rate, value=recipe.momentum)
+                p.addcmul_(g, rate, value=-1).addcmul_(v, rate, value=-recipe.momentum)
             else:
-                p.addcmul_(v, rate)
+                p.addcmul_(v, rate, value=-1)
     return parameters
 
 
