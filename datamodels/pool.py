@@ -202,15 +202,15 @@ class Watch:
         self._lines = progress and not terminal
         self._started, self._first, self._next = time.monotonic(), self._done, time.monotonic() + 15
         self._failed_at, self._failed = 0.0, store.status(failures=0).failed
+        # tqdm shows nothing on a terminal that does not know its size, as under `docker run -t`.
+        sized = terminal and all(os.get_terminal_size(sys.stderr.fileno()))
         self._bar = tqdm(
             total=store.num_models,
             initial=self._done,
             unit="row",
             smoothing=0.1,
             disable=not (progress and terminal),
-            dynamic_ncols=True,
-            # A terminal that does not know its size (docker run -t) would show an empty bar.
-            ncols=None if terminal and os.get_terminal_size(sys.stderr.fileno()).columns else 80,
+            **({"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 24}),
         )
 
     def look(self) -> None:
