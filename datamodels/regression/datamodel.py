@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from datamodels.errors import RegressionError
+from datamodels.regression.scale import BLOCK_VALUES, row_blocks
 
 CONSTANT, TURNED, END_OF_PATH = "constant", "validation turned", "end of path"
 
@@ -70,9 +71,14 @@ class Datamodel:
         x = np.asarray(x)
         if x.ndim != 2 or x.shape[1] != len(self.columns):
             raise RegressionError(f"expected masks of shape (rows, {len(self.columns)}), got {x.shape}")
-        weight = self.weight.astype(np.float64)
-        blocks = [x[i : i + 4096].astype(np.float64) @ weight for i in range(0, len(x), 4096)]
-        return np.concatenate(blocks or [np.zeros((0, len(self.targets)))]) + self.bias
+        out = np.tile(self.bias.astype(np.float64), (len(x), 1))
+        step = max(1, BLOCK_VALUES // max(1, len(self.columns)))  # weights are large; never all of them in float64
+        for first in range(0, len(self.targets), step):
+            some = slice(first, first + step)
+            weight = self.weight[:, some].astype(np.float64)
+            for block in row_blocks(np.arange(len(x)), len(self.columns)):
+                out[block, some] += x[block].astype(np.float64) @ weight
+        return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a torch file: `weight, bias, lam` (float32) as in the released code, and the rest."""

@@ -5,7 +5,8 @@ is
 
     minimise over (w, b)   1/(2n) ‖y − X w − b‖² + lam · Σ_j sd_j |w_j|
 
-This file states the problem and checks the answer; the solver is one other file (`sklearn_path`).
+This file states the problem, chooses a solver and checks the answer. A solver is one other file: `sklearn_path`, on a
+Gram matrix, and `wide_path`, for fewer rows than columns.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 
 from datamodels.errors import RegressionError
+from datamodels.regression import memory
 from datamodels.regression.datamodel import CONSTANT, END_OF_PATH, TURNED, Datamodel, RegularizationPath
-from datamodels.regression.gram import Gram, moments, origins, standardise
 from datamodels.regression.problem import Problem
+from datamodels.regression.scale import BLOCK_VALUES, Scale, row_blocks
 
 # On digits (1,000 columns, 797 targets) twice the lambdas and twice the patience gave the same LDS to .0002 for 1.7
 # times the work; eps is so far down that no path from 500 to 4,000 rows came to its end.
@@ -28,6 +31,7 @@ DEFAULT_K = 50
 DEFAULT_EPS = 1e-3
 DEFAULT_PATIENCE = 3
 DEFAULT_TOL = 1e-5
+CERTIFY_VALUES = 1 << 22  # weights whose gradients are held at a time
 
 
 class RegressionWarning(UserWarning):
@@ -68,9 +72,9 @@ class PathOptions:
 class Solution:
     """What a solver fills in, target by target.
 
-    weight (p, T): in columns divided by the sd of all rows.  best (T,): place of the chosen lambda.  lam
-    (T,), that lambda rounded to float32, the precision in which it is kept, before the refit; turned (T,);
-    r2_train, r2_val (T,); path_lam, path_mse, path_nnz (k, T).
+    weight (p, T): float32, in the units of the columns.  best (T,): place of the chosen lambda.  lam (T,), that lambda
+    rounded to float32, the precision in which it is kept, before the refit; turned (T,); r2_train, r2_val (T,);
+    path_lam, path_mse, path_nnz (k, T).  train, full: means and sd on the rows of the path, and on all.
     """
 
     weight: np.ndarray
@@ -82,11 +86,13 @@ class Solution:
     path_lam: np.ndarray
     path_mse: np.ndarray
     path_nnz: np.ndarray
+    train: Scale
+    full: Scale
 
     @classmethod
-    def empty(cls, p: int, T: int, k: int) -> Solution:
+    def empty(cls, p: int, T: int, k: int, train: Scale, full: Scale) -> Solution:
         return cls(
-            weight=np.zeros((p, T)),
+            weight=np.zeros((p, T), dtype=np.float32),
             best=np.zeros(T, dtype=np.int64),
             lam=np.zeros(T),
             turned=np.zeros(T, dtype=bool),
@@ -95,6 +101,8 @@ class Solution:
             path_lam=np.full((k, T), np.nan),
             path_mse=np.full((k, T), np.nan),
             path_nnz=np.full((k, T), -1, dtype=np.int64),
+            train=train,
+            full=full,
         )
 
 
@@ -108,6 +116,7 @@ def fit(
     use_bias: bool = True,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
+    _solver: str | None = None,
 ) -> Datamodel:
     """Datamodel of every target: path on training rows, lambda by validation rows, refit on both.
 
@@ -119,35 +128,28 @@ def fit(
     (RegressionWarning), by name, of constant targets, of targets whose validation minimum lies at an end of
     the path, and of targets that miss `tol`. Raises RegressionError for options out of range.
     """
-    from datamodels.regression.sklearn_path import solve
-
     options = PathOptions(k=k, eps=eps, patience=patience, tol=tol)
     x, y = problem.x, problem.y
-    at = origins(x, y, use_bias)
-    on_train, on_val = moments(x, y, problem.train, *at), moments(x, y, problem.val, *at)
-    train = standardise(on_train, use_bias)
-    val = standardise(on_val, use_bias, like=train)
-    full = standardise(on_train + on_val, use_bias)
+    workers = _count_workers(workers)
+    solver = _choose_solver(problem, workers, only=_solver)
+    found = solver.solve(problem, options, use_bias, workers, progress or (lambda done: None))
 
-    found = solve(train, val, full, options, _count_workers(workers), progress or (lambda done: None))
-
-    scale = np.divide(1.0, full.sd, out=np.zeros_like(full.sd), where=full.sd > 0)
-    weight = (found.weight * scale[:, None]).astype(np.float32)
-    bias = (full.y_mean - full.mean @ weight.astype(np.float64)).astype(np.float32)
+    full, weight = found.full, found.weight
+    bias = (full.y_mean - _predictions_at(full.mean, weight)).astype(np.float32)
     rows = np.sort(np.concatenate([problem.train, problem.val]))
     gap, kkt = certify(x, y, rows, weight, found.lam, full.sd, use_bias)
     ended = tuple(
         CONSTANT if constant else TURNED if turned else END_OF_PATH
-        for constant, turned in zip(train.constant, found.turned, strict=True)
+        for constant, turned in zip(found.train.constant, found.turned, strict=True)
     )
-    _warn(problem, options, found, train, full, gap)
+    _warn(problem, options, found, gap)
     return Datamodel(
         weight=weight,
         bias=bias,
         lam=found.lam.astype(np.float32),
         gap=gap,
         kkt=kkt,
-        nnz=(weight != 0).sum(axis=0),
+        nnz=sum((weight[block] != 0).sum(axis=0) for block in row_blocks(np.arange(len(weight)), weight.shape[1])),
         r2_train=found.r2_train,
         r2_val=found.r2_val,
         ended=ended,
@@ -162,7 +164,7 @@ def fit(
             "patience": patience,
             "tol": tol,
             "use_bias": use_bias,
-            "solver": "sklearn",
+            "solver": solver.NAME,
         },
         path=RegularizationPath(lam=found.path_lam, val_mse=found.path_mse, nnz=found.path_nnz),
     )
@@ -190,18 +192,20 @@ def certify(
     n, T = len(rows), weight.shape[1]
     gap, kkt = np.zeros(T), np.zeros(T)
     varies = sd > 0
-    for first in range(0, T, 256):  # bounds the residuals held at a time
-        some = slice(first, first + 256)
+    blocks = list(row_blocks(np.arange(n), len(weight)))
+    step = _certified_at_a_time(len(weight))
+    for first in range(0, T, step):
+        some = slice(first, first + step)
         w = weight[:, some].astype(np.float64)
         residual = y[rows, some].astype(np.float64)
         residual0 = residual - residual.mean(axis=0) if use_bias else residual.copy()
-        for i in range(0, n, 4096):
-            residual[i : i + 4096] -= x[rows[i : i + 4096]].astype(np.float64) @ w
+        for block in blocks:
+            residual[block] -= x[rows[block]].astype(np.float64) @ w
         if use_bias:
             residual -= residual.mean(axis=0)
         gradient = np.zeros_like(w)
-        for i in range(0, n, 4096):
-            gradient += x[rows[i : i + 4096]].astype(np.float64).T @ residual[i : i + 4096]
+        for block in blocks:
+            gradient += x[rows[block]].astype(np.float64).T @ residual[block]
         g = gradient[varies] / (n * sd[varies, None])
         u = w[varies] * sd[varies, None]
 
@@ -218,7 +222,58 @@ def certify(
     return gap, kkt
 
 
-def _warn(problem: Problem, options: PathOptions, found: Solution, train: Gram, full: Gram, gap: np.ndarray) -> None:
+def _choose_solver(problem: Problem, workers: int, only: str | None = None) -> ModuleType:
+    """The faster solver for this shape, or the other where that alone fits into memory; RegressionError if none does.
+
+    With fewer rows than columns a Gram matrix is more work than the columns themselves: on two kinds of 0/1 problems
+    (20 columns that matter, and half of all) wide_path took 1/2 to 1/5 of the time at 2 columns a row and 1/13 at 4 to
+    6; at one column a row they were equal, and at a row and more per column the Gram matrix was up to 8 times faster.
+    """
+    from datamodels.regression import sklearn_path, wide_path
+
+    n, p, T = len(problem.train) + len(problem.val), problem.x.shape[1], problem.y.shape[1]
+    solvers = [wide_path, sklearn_path] if n < p else [sklearn_path, wide_path]
+    if only is not None:
+        solvers = [solver for solver in solvers if only == solver.NAME]
+    there = memory.available()
+    if there is None:
+        return solvers[0]
+    for solver in solvers:
+        if _needed(solver, problem, T, workers) <= there:
+            return solver
+
+    needs = {solver: _needed(solver, problem, T, workers) for solver in solvers}
+    least = min(solvers, key=lambda solver: needs[solver])
+    some = T
+    while some > 1 and _needed(least, problem, some, workers) > there:
+        some //= 2
+    advice = "fit fewer rows (data.num_train, data.num_val)"
+    if _needed(least, problem, some, workers) <= there:
+        advice = (
+            f"fit fewer targets at a time (data.target_start_ind, data.target_end_ind): {some} need "
+            f"{memory.gigabytes(_needed(least, problem, some, workers))}, and no target's answer depends on the "
+            f"others; or {advice}"
+        )
+    memory.require(needs[least], f"the fit of {n} rows, {p} columns and {T} targets", advice)
+    return least
+
+
+def _needed(solver: ModuleType, problem: Problem, T: int, workers: int) -> int:
+    """Bytes that the fit of T targets takes at its largest, beside the problem: weights, and solver or certificate."""
+    n, p = len(problem.train) + len(problem.val), problem.x.shape[1]
+    block = min(n * p, BLOCK_VALUES)
+    certificate = 8 * (10 * p * min(T, _certified_at_a_time(p)) + 4 * n * min(T, 256)) + 10 * block
+    return 4 * p * T + max(solver.memory(n, p, T, problem.x.dtype, workers), certificate)
+
+
+def _certified_at_a_time(p: int) -> int:
+    """Targets; it bounds the gradients that are held."""
+    return max(16, min(256, CERTIFY_VALUES // p))
+
+
+def _warn(problem: Problem, options: PathOptions, found: Solution, gap: np.ndarray) -> None:
+    train, full = found.train, found.full
+
     def tell(which: np.ndarray, text: str, names: Sequence[str] = problem.targets) -> None:
         if which.any():
             warnings.warn(
@@ -243,6 +298,20 @@ def _warn(problem: Problem, options: PathOptions, found: Solution, train: Gram, 
         ~(gap <= options.tol),
         f"not converged to a relative duality gap of {options.tol}; raise tol or scale the columns",
     )
+
+
+def float32_at_least(value: float) -> np.float32:
+    """The smallest float32 that is not below value."""
+    rounded = np.float32(value)
+    return rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf))
+
+
+def _predictions_at(mean: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """mean @ weight (T,), in float64 without a second matrix of weights in it."""
+    out = np.zeros(weight.shape[1])
+    for block in row_blocks(np.arange(len(weight)), weight.shape[1]):
+        out += mean[block] @ weight[block].astype(np.float64)
+    return out
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from datamodels.errors import RegressionError
+from datamodels.regression import memory
 
 if TYPE_CHECKING:
     from datamodels.store import Store
@@ -199,6 +200,12 @@ def problem_from_store(
     rows = np.flatnonzero(store.completed() & (store.design.roles == "train"))
     count, _ = count_rows(len(rows), num_train, num_val, where)
     rows = rows[:count]
+    fields = (store.spec.schema[x_name], store.spec.schema[y_name])
+    memory.require(
+        count * sum(int(np.prod(field.shape, dtype=int)) * field.value_dtype.itemsize for field in fields),
+        f"reading {count} rows of {x_name!r} and {y_name!r}",
+        "read fewer rows (data.num_train, data.num_val)",
+    )
     x = store.rows(x_name, rows).reshape(count, -1)
     y = store.rows(y_name, rows).reshape(count, -1)[:, start:end]
     groups = np.asarray(store.design.mask_ids)[rows].copy()

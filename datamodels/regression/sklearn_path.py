@@ -8,22 +8,33 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 
-from datamodels.regression.gram import Gram
-from datamodels.regression.lasso import PathOptions, Solution
+from datamodels.regression.gram import Gram, moments, standardise
+from datamodels.regression.lasso import PathOptions, Solution, float32_at_least
+from datamodels.regression.problem import Problem
+from datamodels.regression.scale import BLOCK_VALUES, origins
 
+NAME = "gram"
 CHUNK = 4  # lambdas per call: few enough that little is solved past the stop, enough to pay for the call
 PATH_TOL = 1e-4  # of the path's solutions, which only choose a lambda; the refit is solved to options.tol
 MAX_ITER = 100_000
 
 
 def solve(
-    train: Gram, val: Gram, full: Gram, options: PathOptions, workers: int, progress: Callable[[int], None]
+    problem: Problem, options: PathOptions, use_bias: bool, workers: int, progress: Callable[[int], None]
 ) -> Solution:
-    """Path on `train`, lambda by `val` (in train's units), refit on `full`; threads share the matrices."""
+    """Path on training rows, lambda by validation rows (in their units), refit on both; threads share the matrices."""
     from threadpoolctl import threadpool_limits
 
-    T = len(train.power)
-    solution = Solution.empty(len(train.sd), T, options.k)
+    x, y = problem.x, problem.y
+    at = origins(x, y, use_bias)
+    on_train, on_val = moments(x, y, problem.train, *at), moments(x, y, problem.val, *at)
+    train = standardise(on_train, use_bias)
+    val = standardise(on_val, use_bias, like=train)
+    full = standardise(on_train + on_val, use_bias)
+    del on_train, on_val
+
+    T = y.shape[1]
+    solution = Solution.empty(x.shape[1], T, options.k, train.scale, full.scale)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Objective did not converge")  # the certificate says it, by name
         with ThreadPoolExecutor(workers) as pool:
@@ -38,13 +49,19 @@ def solve(
     return solution
 
 
+def memory(n: int, p: int, T: int, dtype: np.dtype, workers: int) -> int:
+    """Bytes that solve takes at its largest, without the weights: seven p × p matrices, as many p × T, and a block."""
+    block = min(n * max(p, T), BLOCK_VALUES)
+    return 56 * p * p + 56 * p * T + 13 * block + 8 * p * (CHUNK + 2) * workers
+
+
 def _solve_target(t: int, train: Gram, val: Gram, full: Gram, options: PathOptions, into: Solution) -> None:
     lam_max = np.abs(train.xy[t]).max()
-    if train.constant[t] or lam_max == 0:  # nothing to select: weight 0 is the solution at the lambda_max of all rows
-        into.lam[t] = 0.0 if full.constant[t] else _float32_at_least(np.abs(full.xy[t]).max())
+    if train.scale.constant[t] or lam_max == 0:  # nothing to select: 0 is the solution at the lambda_max of all rows
+        into.lam[t] = 0.0 if full.scale.constant[t] else float32_at_least(np.abs(full.xy[t]).max())
         return
     grid = options.grid(lam_max)
-    best, best_at, best_error = np.zeros(len(train.sd)), 0, val.power[t]
+    best, best_at, best_error = np.zeros(len(train.gram)), 0, val.scale.power[t]
     into.path_lam[0, t], into.path_mse[0, t], into.path_nnz[0, t] = (
         grid[0],
         best_error,
@@ -66,10 +83,11 @@ def _solve_target(t: int, train: Gram, val: Gram, full: Gram, options: PathOptio
         at += CHUNK
 
     into.best[t], into.lam[t] = best_at, np.float32(grid[best_at])
-    into.r2_train[t] = 1 - _mean_squares(train, t, best[:, None])[0] / train.power[t]
-    into.r2_val[t] = 1 - best_error / val.power[t] if val.power[t] > 0 else np.nan
-    start = best * np.divide(full.sd, train.sd, out=np.zeros_like(full.sd), where=train.sd > 0)
-    into.weight[:, t] = _lasso(full, t, into.lam[t : t + 1], start, options.tol / 4)[:, 0]
+    into.r2_train[t] = 1 - _mean_squares(train, t, best[:, None])[0] / train.scale.power[t]
+    into.r2_val[t] = 1 - best_error / val.scale.power[t] if val.scale.power[t] > 0 else np.nan
+    start = best * full.scale.sd * train.scale.inverse_sd
+    weight = _lasso(full, t, into.lam[t : t + 1], start, options.tol / 4)[:, 0]
+    into.weight[:, t] = weight * full.scale.inverse_sd
 
 
 def _lasso(gram: Gram, t: int, lams: np.ndarray, start: np.ndarray, tol: float) -> np.ndarray:
@@ -83,11 +101,11 @@ def _lasso(gram: Gram, t: int, lams: np.ndarray, start: np.ndarray, tol: float) 
     with config_context(skip_parameter_validation=True):  # it holds the interpreter lock longer than all else here
         return lasso_path(
             one_row,
-            np.sqrt(gram.power[t : t + 1]),
+            np.sqrt(gram.scale.power[t : t + 1]),
             alphas=lams,
             precompute=gram.gram,
             Xy=gram.xy[t],
-            coef_init=start,
+            coef_init=start.copy(),  # it is written to
             check_input=False,
             tol=tol,
             max_iter=MAX_ITER,
@@ -98,9 +116,4 @@ def _mean_squares(gram: Gram, t: int, weights: np.ndarray) -> np.ndarray:
     """Mean squared residual of each column of weights (p, m), from the Gram matrix alone."""
     used = np.flatnonzero(weights.any(axis=1))
     w = weights[used]
-    return gram.power[t] - 2 * gram.xy[t, used] @ w + np.einsum("jm,jm->m", w, gram.gram[np.ix_(used, used)] @ w)
-
-
-def _float32_at_least(value: float) -> np.float32:
-    rounded = np.float32(value)
-    return rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf))
+    return gram.scale.power[t] - 2 * gram.xy[t, used] @ w + np.einsum("jm,jm->m", w, gram.gram[np.ix_(used, used)] @ w)

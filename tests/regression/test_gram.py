@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from datamodels.regression import gram
+from datamodels.regression import gram, scale
 
 
 @pytest.fixture(params=["bool", "real"])
@@ -12,7 +12,7 @@ def data(request):
 
 
 def parts(x, y, use_bias):
-    at = gram.origins(x, y, use_bias)
+    at = scale.origins(x, y, use_bias)
     return (gram.moments(x, y, rows, *at) for rows in (np.arange(60), np.arange(60, 90), np.arange(90)))
 
 
@@ -24,8 +24,8 @@ def test_gram_of_standardised_columns(data, use_bias):
     r0 = y - y.mean(axis=0) if use_bias else y
     np.testing.assert_allclose(got.gram, z.T @ z / 90, atol=1e-12)
     np.testing.assert_allclose(got.xy, r0.T @ z / 90, atol=1e-12)
-    np.testing.assert_allclose(got.power, (r0**2).mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(got.sd, x.std(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(got.scale.power, (r0**2).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(got.scale.sd, x.std(axis=0), rtol=1e-12)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -37,14 +37,18 @@ def test_validation_rows_in_the_units_of_the_training_rows(data, use_bias):
     z, r0 = (x[60:] - mean) / x[:60].std(axis=0), y[60:] - y_mean
     np.testing.assert_allclose(got.gram, z.T @ z / 30, atol=1e-12)
     np.testing.assert_allclose(got.xy, r0.T @ z / 30, atol=1e-12)
-    np.testing.assert_allclose(got.power, (r0**2).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(got.scale.power, (r0**2).mean(axis=0), rtol=1e-12)
 
 
 def test_moments_add_up(data):
     x, y = data
     train, val, both = parts(x, y, True)
-    for name in ("n", "x_sum", "xx", "y_sum", "xy", "yy", "low", "high", "y_low", "y_high"):
-        np.testing.assert_allclose(getattr(train + val, name), getattr(both, name), atol=1e-9)
+    together = train + val
+    for name in ("n", "x_sum", "xx", "y_sum", "yy", "low", "high", "y_low", "y_high"):
+        np.testing.assert_allclose(getattr(together.sums, name), getattr(both.sums, name), atol=1e-9)
+    np.testing.assert_allclose(together.xx, both.xx, atol=1e-9)
+    np.testing.assert_allclose(together.xy, both.xy, atol=1e-9)
+    np.testing.assert_allclose(both.sums.xx, np.diagonal(both.xx), rtol=1e-12)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
@@ -52,9 +56,9 @@ def test_constant_columns_have_no_spread_whatever_the_rounding(use_bias):
     values = np.array([0.1, 1 / 3, 1e5 + 0.1, 7e-9])
     for n in range(50, 100):
         x, y = np.tile(values, (n, 1)), np.arange(float(n))[:, None]
-        at = gram.origins(x, y, use_bias)
+        at = scale.origins(x, y, use_bias)
         got = gram.standardise(gram.moments(x, y, np.arange(n), *at), use_bias)
-        assert (got.sd == 0).all()
+        assert (got.scale.sd == 0).all()
         assert not got.gram.any()
         assert not got.xy.any()
 
@@ -66,8 +70,8 @@ def test_large_counts_of_masks_are_exact():
 
 
 def test_counts_of_masks_are_exact_over_many_blocks(monkeypatch):
-    monkeypatch.setattr(gram, "BLOCK", 7)
+    monkeypatch.setattr(scale, "BLOCK", 7)
     x = np.random.default_rng(1).random((100, 9)) < 0.5
     got = gram.moments(x, np.zeros((100, 1)), np.arange(100), np.zeros(9), np.zeros(1))
     np.testing.assert_array_equal(got.xx, x.astype(np.int64).T @ x.astype(np.int64))
-    np.testing.assert_array_equal(got.x_sum, x.sum(axis=0))
+    np.testing.assert_array_equal(got.sums.x_sum, x.sum(axis=0))

@@ -12,8 +12,15 @@ import scipy.optimize
 from sklearn.linear_model import Lasso
 
 from datamodels.errors import RegressionError
-from datamodels.regression import RegressionWarning, certify, fit, make_problem, sklearn_path
+from datamodels.regression import RegressionWarning, certify, fit, make_problem, sklearn_path, wide_path
 from datamodels.regression.datamodel import CONSTANT, END_OF_PATH, TURNED
+
+
+@pytest.fixture(autouse=True, params=[sklearn_path, wide_path], ids=lambda solver: solver.NAME)
+def solver(request, monkeypatch):
+    """Every test here runs with every solver, whatever fit would choose."""
+    monkeypatch.setitem(fit.__kwdefaults__, "_solver", request.param.NAME)
+    return request.param
 
 
 def simulate(n=300, p=40, T=6, *, alpha=0.5, noise=1.0, seed=0):
@@ -326,8 +333,8 @@ def test_integer_masks_are_masks():
     )
 
 
-def test_missed_tolerance_is_reported_by_name(monkeypatch):
-    monkeypatch.setattr(sklearn_path, "MAX_ITER", 1)
+def test_missed_tolerance_is_reported_by_name(monkeypatch, solver):
+    monkeypatch.setattr(solver, "MAX_ITER", 1)
     x, y = simulate(n=60, p=80, T=2)
     model = fit_warned(r"not converged to a relative duality gap of 1e-05.*y\[0\]", make_problem(x, y))
     assert model.gap.max() > 1e-5
@@ -337,7 +344,10 @@ def test_minimum_at_an_end_of_the_path_is_reported_by_name():
     x, y = simulate(T=2, noise=1e-3)
     fit_warned(r"end of the path.*lower eps=0.5: 2: y\[0\], y\[1\]", make_problem(x, y), k=5, eps=0.5)
     rng = np.random.default_rng(0)
-    fit_warned(r"start of the path", make_problem(x, rng.standard_normal((300, 30))))
+    model = fit_warned(r"start of the path", make_problem(x, rng.standard_normal((300, 30))))
+    start = model.lam == model.path.lam[0].astype(np.float32)
+    assert start.any()
+    np.testing.assert_allclose(model.r2_train[start], 0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

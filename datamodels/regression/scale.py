@@ -1,0 +1,128 @@
+"""Means, spreads and ranges of columns and outcomes, from sums that are additive over row blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 8192  # rows at a time; counts up to it are exact in float32
+BLOCK_VALUES = 1 << 25  # and, of wide rows, at most so many values
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums over rows, about fixed origins; `a + b` has the rows of both.
+
+    x_sum, xx (p,): of x and x².  y_sum, yy (T,).  low, high (p,), y_low, y_high (T,): ranges, not about the origins.
+    """
+
+    n: int
+    x_origin: np.ndarray
+    y_origin: np.ndarray
+    x_sum: np.ndarray
+    xx: np.ndarray
+    y_sum: np.ndarray
+    yy: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    y_low: np.ndarray
+    y_high: np.ndarray
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            n=self.n + other.n,
+            x_origin=self.x_origin,
+            y_origin=self.y_origin,
+            x_sum=self.x_sum + other.x_sum,
+            xx=self.xx + other.xx,
+            y_sum=self.y_sum + other.y_sum,
+            yy=self.yy + other.yy,
+            low=np.minimum(self.low, other.low),
+            high=np.maximum(self.high, other.high),
+            y_low=np.minimum(self.y_low, other.y_low),
+            y_high=np.maximum(self.y_high, other.y_high),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """What turns raw rows into standardised ones: z_j = (x_j − mean_j) / sd_j and r0 = y − y_mean.
+
+    Without a bias, mean and y_mean are 0. A constant column has sd 0. power (T,) = ‖r0‖² / n.
+    constant (T,): the outcome has one value in all rows.
+    """
+
+    n: int
+    mean: np.ndarray
+    sd: np.ndarray
+    y_mean: np.ndarray
+    power: np.ndarray
+    constant: np.ndarray
+
+    @property
+    def inverse_sd(self) -> np.ndarray:
+        """1 / sd, and 0 for constant columns."""
+        return np.divide(1.0, self.sd, out=np.zeros_like(self.sd), where=self.sd > 0)
+
+
+def row_blocks(rows: np.ndarray, p: int) -> Iterator[np.ndarray]:
+    """The rows, some at a time: as many as fit into memory easily when each has p columns."""
+    step = max(1, min(BLOCK, BLOCK_VALUES // p))
+    return (rows[first : first + step] for first in range(0, len(rows), step))
+
+
+def origins(x: np.ndarray, y: np.ndarray, use_bias: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Points to measure from: near the data, so that no digits cancel; 0 for counts and without bias."""
+    if not use_bias:
+        return np.zeros(x.shape[1]), np.zeros(y.shape[1])
+    x_origin = np.zeros(x.shape[1]) if x.dtype == bool else x.mean(axis=0, dtype=np.float64)
+    return x_origin, y.mean(axis=0, dtype=np.float64)
+
+
+def sums(x: np.ndarray, y: np.ndarray, rows: np.ndarray, x_origin: np.ndarray, y_origin: np.ndarray) -> Sums:
+    """Sums of x[rows], y[rows] about the origins; those of bool columns about 0 are exact counts."""
+    p, T = x.shape[1], y.shape[1]
+    x_sum, xx, y_sum, yy = np.zeros(p), np.zeros(p), np.zeros(T), np.zeros(T)
+    low, high = np.full(p, np.inf), np.full(p, -np.inf)
+    y_low, y_high = np.full(T, np.inf), np.full(T, -np.inf)
+    for block in row_blocks(rows, max(p, T)):
+        raw, out = x[block], y[block].astype(np.float64)
+        low, high = np.minimum(low, raw.min(axis=0)), np.maximum(high, raw.max(axis=0))
+        y_low, y_high = np.minimum(y_low, out.min(axis=0)), np.maximum(y_high, out.max(axis=0))
+        out -= y_origin
+        y_sum += out.sum(axis=0)
+        yy += np.einsum("it,it->t", out, out)
+        if x.dtype == bool and not x_origin.any():
+            counts = raw.sum(axis=0, dtype=np.int64)
+            x_sum += counts
+            xx += counts
+        else:
+            columns = raw.astype(np.float64)
+            columns -= x_origin
+            x_sum += columns.sum(axis=0)
+            xx += np.einsum("ij,ij->j", columns, columns)
+    return Sums(len(rows), x_origin, y_origin, x_sum, xx, y_sum, yy, low, high, y_low, y_high)
+
+
+def scale_of(s: Sums, use_bias: bool) -> Scale:
+    """Means, sd and power of these rows."""
+    shift, y_shift = s.x_sum / s.n, s.y_sum / s.n
+    sd = np.sqrt(np.maximum(s.xx / s.n - shift**2, 0.0))
+    sd[s.low == s.high] = 0.0  # rounding may leave a constant real column a tiny sd
+    centre, y_centre = (shift, y_shift) if use_bias else (np.zeros_like(shift), np.zeros_like(y_shift))
+    return Scale(
+        n=s.n,
+        mean=s.x_origin + centre,
+        sd=sd,
+        y_mean=s.y_origin + y_centre,
+        power=power(s, y_centre),
+        constant=(s.y_low == s.y_high) if use_bias else (s.y_low == 0) & (s.y_high == 0),
+    )
+
+
+def power(s: Sums, y_centre: np.ndarray) -> np.ndarray:
+    """‖y − y_centre‖² / n (T,), y and y_centre about the origin."""
+    y_shift = s.y_sum / s.n
+    return np.maximum(s.yy / s.n - 2 * y_shift * y_centre + y_centre**2, 0.0)
