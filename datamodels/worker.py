@@ -680,6 +680,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help_later="worker.main_import",
         elsewhere=("pool",),
     )
+    program = sys.argv[0]
+    sys.argv = [program, *args.rest]  # what the user's module sees, from its import on
     if args.help_requested:
         import_main(args["worker.main_import"])
         cli.collect_user(args)
@@ -708,8 +710,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--worker.batch: {module.__name__} has no main_many() that could run several rows at once; "
             f"write one, or leave the option out"
         )
-    program = sys.argv[0]
-    sys.argv = [program, *args.rest]
     if showing:
         with Worker(store, single, many) as worker:
             row = index if one else _first_pending(store)

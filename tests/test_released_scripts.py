@@ -1,5 +1,6 @@
 """Modules written for the released code, in each of the styles seen there, run unchanged and in their own processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -217,3 +218,26 @@ def test_every_released_name_answers(tmp_path):
         done = python(module, "--help", cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
         assert key in done.stdout
+
+
+def test_a_module_that_parses_sys_argv_when_imported_sees_only_what_is_its_own(tmp_path):
+    (tmp_path / "early.py").write_text(
+        "import argparse\n"
+        "parser = argparse.ArgumentParser()\n"
+        "parser.add_argument('--epochs', type=int, required=True)\n"
+        "options = parser.parse_args()\n"
+        "def main(index, logdir):\n"
+        "    return {'n': options.epochs}\n"
+    )
+    (tmp_path / "spec.json").write_text('{"num_models": 2, "schema": {"n": {"shape": [], "dtype": "int64"}}}')
+    initialise = [sys.executable, "-m", "datamodels.initialize_logdir", "--logging.logdir=store",
+                  "--logging.spec=spec.json"]  # fmt: skip
+    worker = [sys.executable, "-m", "datamodels.worker", "--worker.logdir=store", "--worker.main_import=early",
+              "--worker.index=1", "--epochs=3"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in (initialise, worker):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "store/n.npy").tolist() == [0, 3]
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "store/runs").glob("*.json")]
+    assert "--worker.index=1" in record["argv"] and "--epochs=3" in record["argv"]

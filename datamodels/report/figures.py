@@ -182,9 +182,9 @@ def influential_examples(
                         break
                     at = x + i * step
                     image(at, y, train_images[example], small, colour, dashed, 1.5)
-                    words = [name(int(train_labels[example])), _signed(column[example])]
-                    for line, word in enumerate(["  ".join(words)] if class_names is None else words):
-                        text(at + small / 2, y + small + 0.16 + 0.13 * line, word, size=8, ha="center")
+                    caption = [name(int(train_labels[example])), _signed(column[example])]
+                    for below, part in enumerate(["  ".join(caption)] if class_names is None else caption):
+                        text(at + small / 2, y + small + 0.16 + 0.13 * below, part, size=8, ha="center")
     return figure
 
 

@@ -99,7 +99,7 @@ class Run:
         self._record = {
             "run": self.id,
             **vars(Process.current()),
-            "argv": sys.argv,
+            "argv": sys.orig_argv,  # sys.argv is the user's while their module runs
             "started": time.time(),
             "python": sys.version.split()[0],
             "finished": None,

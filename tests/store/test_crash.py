@@ -5,6 +5,7 @@ The mutants at the end show that the simulator sees each mistake that the commit
 
 import numpy as np
 import pytest
+
 from datamodels.spec import Field
 from datamodels.store import commit as commits
 from datamodels.store.commit import Layout, RowInfo
