@@ -9,7 +9,16 @@
 # with CUDA_VISIBLE_DEVICES=1, 2, ...: the workers share the rows. Each holds about 2.5 GB of images.
 #
 # Without a GPU only a toy is practical: --training.epochs=1 --training.width=8 takes about 20 CPU seconds a network.
-# The regression keeps matrices of 50,000 x 50,000 in memory, about 140 GB in all, in this version.
+#
+# The regression takes about 0.15 CPU seconds per test image and 1 GB of memory; regression.yaml names the slice of test
+# images that it fits. No image's datamodel depends on the others', so all of them can be fitted slice by slice, on as
+# many machines as see FOLDER:
+#
+#   for start in $(seq 0 1000 9000); do
+#       python -m datamodels.regression.compute_datamodels -C examples/cifar10/regression.yaml \
+#           --data.logdir=FOLDER/store --cfg.out_dir=FOLDER/datamodels-$start \
+#           --data.target_start_ind=$start --data.target_end_ind=$((start + 1000))
+#   done
 set -euo pipefail
 
 if [[ ${1:-} == '' || $1 == -* ]]; then
@@ -46,4 +55,4 @@ job=(--worker.main_import=examples.cifar10.train_cifar --worker.logdir="$out/sto
 
 echo "$out/store/masks.npy           which training images each network saw, one bit each (numpy.unpackbits, little)"
 echo "$out/store/margins.npy         how far the right class led on each test image"
-echo "$out/datamodels/datamodels.pt  weight[i, j]: what training image i does to the margin of test image j"
+echo "$out/datamodels/datamodels.pt  weight[i, j]: what training image i does to the margin of the slice's image j"

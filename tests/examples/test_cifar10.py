@@ -10,6 +10,7 @@ import fastargs
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from datamodels.learning import data
 from datamodels.spec import Spec
@@ -205,3 +206,10 @@ def test_the_shipped_spec_is_cifar10s():
     assert spec.schema["margins"].shape == (10_000,)
     assert spec.schema["masks"].dtype == "bits"
     assert spec.schema["margins"].dtype == "float16"
+
+
+def test_the_shipped_regression_takes_rows_and_images_that_there_are():
+    spec = Spec.load(ROOT / "examples/cifar10/spec.json")
+    config = yaml.safe_load((ROOT / "examples/cifar10/regression.yaml").read_text())["data"]
+    assert int(config["num_train"]) + int(config["num_val"]) == spec.design[0]["masks"]
+    assert 0 <= config["target_start_ind"] < config["target_end_ind"] <= spec.schema["margins"].shape[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from datamodels.spec import Spec
 from tests import image_files
@@ -66,3 +67,10 @@ def test_the_shipped_spec_is_fashion_mnists():
     spec = Spec.load(ROOT / "examples/fashion_mnist/spec.json")
     assert spec.schema["masks"].shape == (60_000,)
     assert spec.schema["margins"].shape == (10_000,)
+
+
+def test_the_shipped_regression_takes_rows_and_images_that_there_are():
+    spec = Spec.load(ROOT / "examples/fashion_mnist/spec.json")
+    config = yaml.safe_load((ROOT / "examples/fashion_mnist/regression.yaml").read_text())["data"]
+    assert int(config["num_train"]) + int(config["num_val"]) == spec.design[0]["masks"]
+    assert 0 <= config["target_start_ind"] < config["target_end_ind"] <= spec.schema["margins"].shape[0]
