@@ -102,7 +102,7 @@ def _at_once(architecture: Architecture, inputs: torch.Tensor, recipe: Recipe) -
         return 64
     batch, sizes = recipe.batch_size, architecture.sizes
     floats = batch * (sizes[0] + 2 * sum(sizes[1:])) + 2 * sum((i + 1) * o for i, o in architecture.layers)
-    return max(1, min(256, WORKING_SET_BYTES // (floats * inputs.element_size())))
+    return max(16, min(256, WORKING_SET_BYTES // (floats * inputs.element_size())))
 
 
 class _Step(NamedTuple):
