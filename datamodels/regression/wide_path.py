@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from threading import Event
 
 import numpy as np
 
@@ -91,15 +92,17 @@ def solve(
 
     T = y.shape[1]
     solution = Solution.empty(x.shape[1], T, options.k, train, full)
+    stop = Event()
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Objective did not converge")  # the certificate says it, by name
         with ThreadPoolExecutor(workers) as pool:
             blocks = [np.arange(first, min(first + TARGETS, T)) for first in range(0, T, TARGETS)]
-            tasks = [pool.submit(_solve_block, ts, y, rows, path, refit, options, solution) for ts in blocks]
+            tasks = [pool.submit(_solve_block, ts, y, rows, path, refit, options, solution, stop) for ts in blocks]
             try:
                 for task in as_completed(tasks):
                     progress(task.result())
-            except BaseException:  # Ctrl-C must not wait for the targets still in the queue
+            except BaseException:  # Ctrl-C must not wait for the targets still in the queue, nor long for those begun
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
     return solution
@@ -126,8 +129,9 @@ def _solve_block(
     refit: Design,
     options: PathOptions,
     into: Solution,
+    stop: Event,
 ) -> int:
-    """Fill in these targets; how many they are."""
+    """Fill in these targets, unless told to stop; how many they are."""
     train, full, n = path.scale, refit.scale, path.scale.n
     outcomes = np.ascontiguousarray(y[np.ix_(rows, targets)].astype(np.float64).T)
     r0 = np.ascontiguousarray(outcomes[:, :n]) - train.y_mean[targets, None]
@@ -151,6 +155,8 @@ def _solve_block(
     null_error = best_error.copy()
 
     for i in range(1, options.k):
+        if stop.is_set():
+            return 0
         lam = {b: grids[b][i] for b in going}
         # The sequential strong rule: a gradient seldom moves by more than lambda does.
         screen = {b: 2 * grids[b][i] - grids[b][i - 1] for b in going}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from datamodels.errors import RegressionError
-from datamodels.regression import Datamodel, RegressionWarning, fit, make_problem
+from datamodels.regression import Datamodel, RegressionWarning, datamodel, fit, make_problem, scale
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,14 @@ def test_predict_takes_raw_masks(model):
     for wrong in (masks[:, :9], masks[0]):
         with pytest.raises(RegressionError, match=r"expected masks of shape \(rows, 10\)"):
             model.predict(wrong)
+
+
+def test_predict_in_blocks_of_rows_and_targets(model, monkeypatch):
+    masks = np.random.default_rng(1).random((7, 10)) < 0.5
+    whole = model.predict(masks)
+    monkeypatch.setattr(scale, "BLOCK_VALUES", 20)
+    monkeypatch.setattr(datamodel, "BLOCK_VALUES", 20)
+    np.testing.assert_allclose(model.predict(masks), whole, rtol=1e-12)
 
 
 class Evil:

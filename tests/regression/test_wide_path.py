@@ -1,5 +1,6 @@
 """The solver without a Gram matrix against the one with it, and how fit chooses between them."""
 
+import time
 import tracemalloc
 import warnings
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from datamodels.errors import RegressionError
-from datamodels.regression import RegressionWarning, fit, lasso, make_problem, memory, sklearn_path, wide_path
+from datamodels.regression import RegressionWarning, fit, lasso, make_problem, memory, scale, sklearn_path, wide_path
 from datamodels.regression.datamodel import CONSTANT
 
 
@@ -153,3 +154,37 @@ def test_too_little_memory_is_refused_before_any_is_taken(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1_000_000)
     with pytest.raises(RegressionError, match=r"and 0\.001 GB are available; fit fewer rows"):
         fit(problem)
+
+
+def test_an_interrupt_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(wide_path, "TARGETS", 1)
+    advance, steps, at = wide_path._advance, [], []
+
+    def slow(*args):
+        steps.append(time.sleep(0.02))
+        advance(*args)
+
+    def interrupt(done):
+        at.append(len(steps))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wide_path, "_advance", slow)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_problem(*simulate(60, 300, 20)), workers=1, progress=interrupt, _solver="wide")
+    assert len(at) == 1
+    assert at[0] > 8
+    assert len(steps) - at[0] < 5
+
+
+def test_the_certificate_in_blocks_is_the_certificate(monkeypatch):
+    x, y = simulate(60, 100, 40)
+    weight = np.random.default_rng(0).standard_normal((100, 40)) / 10
+    arguments = (x, y, np.arange(60), weight, np.full(40, 0.1), x.std(axis=0), True)
+    whole = lasso.certify(*arguments)
+    monkeypatch.setattr(lasso, "CERTIFY_VALUES", 1)
+    monkeypatch.setattr(scale, "BLOCK_VALUES", 700)
+    np.testing.assert_allclose(lasso.certify(*arguments), whole, rtol=1e-10)
+    problem = make_problem(x, y)
+    few = quiet_fit(problem, _solver="wide")
+    monkeypatch.undo()
+    np.testing.assert_array_equal(few.weight, quiet_fit(problem, _solver="wide").weight)
