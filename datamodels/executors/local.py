@@ -30,8 +30,11 @@ def cores() -> int:
 
 
 def capped_threads(workers: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Thread counts for each of `workers` processes; a count that the user has set stays."""
-    share = str(max(1, cores() // workers))
+    """Thread counts for each of `workers` processes; a count that the user has set stays, and is that of all the rest.
+
+    A library that reads MKL's before OMP's would otherwise take ours where the user has set OMP_NUM_THREADS.
+    """
+    share = next((environ[name] for name in THREAD_VARIABLES if name in environ), str(max(1, cores() // workers)))
     return {name: environ.get(name, share) for name in THREAD_VARIABLES}
 
 
