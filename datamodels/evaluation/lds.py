@@ -70,8 +70,9 @@ def lds(
 ) -> Score:
     """Score of predictions (rows, T) of outcomes (rows, T), rows with one mask id being runs of one mask.
 
-    The interval is the percentile interval of a bootstrap that draws masks and targets anew together, ranking again
-    inside every draw (masks drawn twice are ties).
+    The interval is that of a bootstrap that draws masks and targets anew together, ranking again inside every draw
+    (masks drawn twice are ties). Ties lower rank correlations, most where they are high, so the draws are shifted until
+    their median is the score; without that, 95 % intervals held the true score of simulated data in 83 % of cases.
 
     Raises RegressionError for shapes that do not fit, values that are not finite, fewer than 3 masks, and when every
     target is constant.
@@ -94,14 +95,16 @@ def lds(
     drawn = _rank_correlations(predicted, observed, masks.T.astype(np.float32)).T  # (draws, T)
     drawn_ceilings = _ceilings(observed, within, runs, masks)
 
-    low, high = _interval(_weighted_mean(drawn, targets * ~constant), level)
-    ceiling_low, ceiling_high = _interval(_weighted_mean(drawn_ceilings, targets * ~constant), level)
     everyone = (~constant)[None].astype(float)
+    value = float(np.nanmean(per_target))
+    ceiling = float(_weighted_mean(reliable[None], everyone)[0])
+    low, high = _interval(_weighted_mean(drawn, targets * ~constant), value, level)
+    ceiling_low, ceiling_high = _interval(_weighted_mean(drawn_ceilings, targets * ~constant), ceiling, level)
     return Score(
-        value=float(np.nanmean(per_target)),
+        value=value,
         low=low,
         high=high,
-        ceiling=float(_weighted_mean(reliable[None], everyone)[0]),
+        ceiling=ceiling,
         ceiling_low=ceiling_low,
         ceiling_high=ceiling_high,
         per_target=per_target,
@@ -240,9 +243,11 @@ def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     )
 
 
-def _interval(draws: np.ndarray, level: float) -> tuple[float, float]:
+def _interval(draws: np.ndarray, centre: float, level: float) -> tuple[float, float]:
+    """Quantiles of the draws, shifted until their median is `centre`, inside [-1, 1]."""
     draws = draws[np.isfinite(draws)]
     if not len(draws):
         return float("nan"), float("nan")
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, middle, high = np.quantile(draws, [(1 - level) / 2, 0.5, (1 + level) / 2])
+    low, high = np.clip([low - middle + centre, high - middle + centre], -1, 1)
     return float(low), float(high)
