@@ -33,7 +33,7 @@ def initialize(logdir: str | Path, spec: str | Path, *, reserve: bool = True) ->
                 f"  {key}.npy  {field.dtype} {[store.num_models, *field.shape]}"
                 + ("" if field.required else ", optional")
             )
-        for number, block in enumerate(store.design.blocks):
+        for number, block in enumerate(store.design.blocks if store.spec.design is not None else ()):
             what = [f"{len(block.cells)} grid cells"] if block.cells[0] else []
             if block.sampler:
                 what.append(f"{block.masks} {block.sampler} masks of alpha {block.alpha:g}")

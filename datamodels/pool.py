@@ -112,7 +112,7 @@ def run_pool(
 def _cause(end: Exit) -> str:
     if end.code >= 0:
         return f"ended with code {end.code} after {end.seconds:.0f} s"
-    hint = " (out of memory?)" if end.code == -signal.SIGKILL else ""
+    hint = " (out of memory, or past --worker.job_timeout)" if end.code == -signal.SIGKILL else ""
     return f"was killed by {signal.Signals(-end.code).name}{hint} after {end.seconds:.0f} s"
 
 
@@ -144,7 +144,10 @@ def undone(store: Store, status: Status) -> str:
 
 
 def _failures(status: Status) -> list[str]:
-    lines = [f"  row {f.row}: {f.attempts} attempts, {f.error or 'no traceback'}" for f in status.failures]
+    lines = [
+        f"  row {f.row}: {f.attempts} attempt{'s' * (f.attempts != 1)}, {f.error or 'no traceback'}"
+        for f in status.failures
+    ]
     if status.failed > len(status.failures):
         lines.append(f"  … and {status.failed - len(status.failures)} more that failed")
     return lines

@@ -114,8 +114,8 @@ class Field:
         dtype = _SPELLINGS.get(self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         if dtype not in (*_NUMERIC, "bits") and not (isinstance(dtype, str) and _TEXT.fullmatch(dtype)):
             raise SpecError(
-                f"{where}, dtype: expected one of {', '.join(_NUMERIC)}, bits or U<n>, "
-                f"got {self.dtype!r}{nearest(str(self.dtype), (*_NUMERIC, 'bits'))}"
+                f"{where}, dtype: expected one of numpy's number dtypes, bits or U<n>, got {self.dtype!r}"
+                f"{nearest(str(self.dtype), (*_NUMERIC, 'bits', 'U<n>'))}"
             )
         object.__setattr__(self, "dtype", dtype)
         if dtype == "bits" and not self.shape:

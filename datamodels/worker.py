@@ -373,7 +373,7 @@ class Worker:
 
     def _run_claimed(self, rows: list[int], *, replace: bool = False) -> None:
         """Run rows that are claimed, commit what is right, record what is not, and give all of them back."""
-        if self.main_many is None or (len(rows) == 1 and self.main is not None):
+        if self.routine_for(len(rows)) is self.main:
             for row in rows:
                 try:
                     with self._watched([row]):
@@ -400,6 +400,12 @@ class Worker:
                 self._run_claimed([row], replace=replace)
         else:
             self._commit(results, replace=replace)
+
+    def routine_for(self, rows: int) -> Routine:
+        """Which function runs so many rows at once: main_many several, and one where there is no main."""
+        routine = self.main if self.main is not None and (rows == 1 or self.main_many is None) else self.main_many
+        assert routine is not None  # the entry point refuses a module with neither
+        return routine
 
     def call(self, row: int, *, smoke: bool = False, logdir: str | None = None) -> Mapping[str, Any]:
         """What main returns for a row, with the design's own values filled in."""
@@ -710,11 +716,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--worker.batch: {module.__name__} has no main_many() that could run several rows at once; "
             f"write one, or leave the option out"
         )
+    for routine in (single, many):
+        if routine is not None and _blind(routine, store):
+            print(
+                f"note: the design gives rows masks, and {routine.name} does not ask for `mask`: unless it returns the "
+                f"mask itself, rows are recorded with masks that it may not have trained on",
+                file=sys.stderr,
+            )
     if showing:
         with Worker(store, single, many) as worker:
             row = index if one else _first_pending(store)
             show = dry_run if args["worker.dry_run"] else smoke
-            print(show(worker, row, batch=args["worker.batch"], rest=args.rest))
+            print(show(worker, row, batch=1 if one else args["worker.batch"], rest=args.rest))
         return 0
     exit_status: int | None = None
     before = {number: signal.getsignal(number) for number in _STOPS}
@@ -779,6 +792,11 @@ def leave_with_parent() -> None:
             raise SystemExit(143)
 
 
+def _blind(routine: Routine, store: Store) -> bool:
+    """Whether the design has masks that the routine does not ask for."""
+    return any(block.sampler for block in store.design.blocks) and not {"mask", "masks"} & set(routine.wanted)
+
+
 def _first_pending(store: Store) -> int:
     pending = np.flatnonzero(~store.completed())
     return int(pending[0]) if len(pending) else 0
@@ -788,8 +806,7 @@ def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str
     """What a row would be called with, in a few lines."""
     store = worker.store
     assignment = store.design.assignment(row)
-    routine = worker.main_many if worker.main_many is not None and (batch > 1 or worker.main is None) else worker.main
-    assert routine is not None
+    routine = worker.routine_for(batch)
     inner = _unwrap(routine.function)[0]
     mask = (
         "none"
@@ -819,8 +836,7 @@ def _source(function: Callable[..., Any]) -> str:
 def smoke(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str:
     """Run a row (or a batch from it) on three batches of data, check what it returns, write nothing."""
     store, started = worker.store, time.monotonic()
-    routine = worker.main_many if worker.main_many is not None and (batch > 1 or worker.main is None) else worker.main
-    assert routine is not None
+    routine = worker.routine_for(batch)
     if "smoke" not in routine.wanted:
         print(f"note: {routine.name} takes no argument `smoke`, so the whole row is run", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="datamodels-smoke-") as folder:

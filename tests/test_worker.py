@@ -643,3 +643,19 @@ def test_a_logdir_that_is_not_a_store(tmp_path, monkeypatch, capsys):
     assert "not a store: it has no spec.json; make one with" in capsys.readouterr().err
     assert not list((tmp_path / "empty").iterdir())
     assert os.path.exists(job.path)
+
+
+@pytest.mark.parametrize(("signature", "noted"), [("index, logdir", True), ("mask", False), ("**all", False)])
+def test_a_main_that_does_not_ask_for_the_mask_is_told_so(tmp_path, signature, noted):
+    job = Job(tmp_path, DESIGN, f"def main({signature}): {RETURN}")
+    _, _, err = job.run("--worker.index=1")
+    assert ("does not ask for `mask`" in err) == noted
+
+
+def test_dry_run_and_smoke_show_the_function_that_the_run_calls(tmp_path):
+    both = f"def main(index): {RETURN}\ndef main_many(indices): raise RuntimeError('not for one row')"
+    job = Job(tmp_path, DESIGN, both)
+    for show in ("dry_run", "smoke"):
+        code, out, err = job.run("--worker.index=1", "--worker.batch=3", f"--worker.{show}")
+        assert code == 0 and ("main(index)" in out or show == "smoke"), err
+    assert job.run("--worker.index=1", "--worker.batch=3")[0] == 0

@@ -45,7 +45,7 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "k": Option(int, "number of lambdas on a path", default=lasso.DEFAULT_K, min=1),
         "eps": Option(float, "smallest lambda / largest lambda", default=lasso.DEFAULT_EPS),
         "tol": Option(float, "relative duality gap that the result must reach", default=lasso.DEFAULT_TOL),
-        "use_bias": Option(int, "1: fit a bias; 0: fix it at 0", default=1, choices=(0, 1)),
+        "use_bias": Option(bool, "fit a bias; false (or 0): fix it at 0", default=True),
         "num_workers": Option(int, "threads, at most one per core; 0: one per core", default=0, min=0),
         "lr": Option(float, "learning rate", ignored=GRADIENT_STEPS),
         "batch_size": Option(int, "batch size", ignored=GRADIENT_STEPS),
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         eps=cfg["eps"],
         tol=cfg["tol"],
         patience=args["early_stopping.patience"],
-        use_bias=bool(cfg["use_bias"]),
+        use_bias=cfg["use_bias"],
         workers=cfg["num_workers"] or None,
     )
     return 0
@@ -132,16 +132,17 @@ def compute(
 
     refuse_result(out_dir)
     started = time.time()
-    problem = problem_from_store(
-        Store.open(logdir),
-        x_name=x_name,
-        y_name=y_name,
-        num_train=num_train,
-        num_val=num_val,
-        seed=seed,
-        target_start=target_start,
-        target_end=target_end,
-    )
+    with Store.open(logdir) as store:
+        problem = problem_from_store(
+            store,
+            x_name=x_name,
+            y_name=y_name,
+            num_train=num_train,
+            num_val=num_val,
+            seed=seed,
+            target_start=target_start,
+            target_end=target_end,
+        )
     read = time.time()
     p, T = problem.x.shape[1], problem.y.shape[1]
     say(f"{len(problem.train)} rows to fit, {len(problem.val)} to validate; {p} columns, {T} targets")
@@ -182,9 +183,10 @@ def compute(
         "seconds": {"read": round(read - started, 3), "fit": round(fitted - read, 3)},
     }
     write_result(out_dir, model, report)
+    validation = _mean(model.r2_val)
     say(
         f"{T} datamodels in {out_dir}: {fitted - read:.1f} s, mean non-zeros {model.nnz.mean():.0f}, "
-        f"validation R2 {_mean(model.r2_val) or float('nan'):.3f}, largest duality gap {model.gap.max():.1e}"
+        f"validation R2 {np.nan if validation is None else validation:.3f}, largest duality gap {model.gap.max():.1e}"
     )
     return model
 

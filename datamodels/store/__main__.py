@@ -35,7 +35,8 @@ def status(store: Store, *, failures: int, as_json: bool) -> int:
         f"claimed, {state.failed:,} failed, {state.pending:,} to do"
     )
     for failure in state.failures:
-        print(f"  row {failure.row}: {failure.attempts} attempts, {failure.error or 'no traceback'}")
+        times = f"{failure.attempts} attempt{'s' * (failure.attempts != 1)}"
+        print(f"  row {failure.row}: {times}, {failure.error or 'no traceback'}")
     if state.failed > len(state.failures):
         print(f"  … and {state.failed - len(state.failures):,} more (--store.failures)")
     return 0
@@ -53,7 +54,7 @@ def check(store: Store) -> int:
     seconds = time.monotonic() - started
     print(
         f"{rows:,} complete rows, {total / 1e9:.3f} GB, {total / 1e9 / max(seconds, 1e-9):.2f} GB/s: "
-        f"{f'{found} problems' if found else 'all as committed'}"
+        f"{f'problems: {found}' if found else 'all as committed'}"
     )
     return 1 if found else 0
 

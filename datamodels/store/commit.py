@@ -22,7 +22,7 @@ from datamodels.errors import DatamodelsError, StoreError
 from datamodels.spec import COMPLETED, Field
 from datamodels.store.disk import Disk
 
-ABSENT, VALID, FAILED_KEY = 0, 1, 2
+VALID = 1  # of a key record; all zero is absent
 PENDING, RUNNING, DONE, FAILED = 0, 1, 2, 3
 
 KEY_RECORD = np.dtype([("status", "<u4"), ("attempt", "<u4"), ("crc32", "<u4"), ("check", "<u4")])

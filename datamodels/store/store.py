@@ -139,7 +139,7 @@ class Store:
                 if not path.is_dir()
                 else "its initialisation did not finish; run it again"
                 if os.path.lexists(path / MARKER)
-                else "it has no spec.json, so it was not made by this package"
+                else "it has arrays and no spec.json: made by the released code, or its spec.json was lost"
                 if (path / COMPLETED_FILE).exists()
                 else "it has no spec.json"
             )

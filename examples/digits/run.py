@@ -69,14 +69,17 @@ def score(store_path: Path, result: Path, sizes: Sequence[int]) -> dict:
     print("     rows     LDS   95 % interval")
     with Store.open(store_path) as store:
         for size in sizes:
-            if size == sizes[-1]:
-                model = Datamodel.load(result / "datamodels.pt")
+            kept = result / "datamodels.pt" if size == sizes[-1] else result.parent / f"fits/{size}.pt"
+            if kept.exists():
+                model = Datamodel.load(kept)
             else:
                 train, val = split(size)
                 problem = problem_from_store(store, num_train=train, num_val=val)
                 with tqdm(total=problem.y.shape[1], desc=f"   {size:,} rows", unit="target", leave=False,
                           disable=not sys.stderr.isatty()) as bar:  # fmt: skip
                     model = fit(problem, progress=bar.update)
+                kept.parent.mkdir(exist_ok=True)
+                model.save(kept)
             scores[size] = found = lds_of_store(model, store)
             print(f"   {size:6,}   {found.value:.3f}   [{found.low:.3f}, {found.high:.3f}]", flush=True)
         print(f"  ceiling   {found.ceiling:.3f}   [{found.ceiling_low:.3f}, {found.ceiling_high:.3f}]   what a perfect "

@@ -360,7 +360,7 @@ def test_what_is_not_a_store(tmp_path):
     for path, why in (
         (tmp_path / "nowhere", "there is no such folder"),
         (tmp_path / "file", "it is not a folder"),
-        (tmp_path, "not made by this package"),
+        (tmp_path, "made by the released code, or its spec.json was lost"),
     ):
         with pytest.raises(StoreError, match=f"{path}: not a store: .*{why}.*initialize_logdir"):
             Store.open(path)
@@ -979,7 +979,7 @@ def test_status_and_verify_on_the_command_line(store, capsys):
     assert command.main(["status", str(store.path)]) == 0
     out = capsys.readouterr().out
     assert "2 of 6 rows complete (33.3 %), 0 claimed, 1 failed, 3 to do" in out
-    assert "row 2: 1 attempts, ValueError: too bad" in out
+    assert "row 2: 1 attempt, ValueError: too bad" in out
     assert command.main(["status", str(store.path), "--store.json"]) == 0
     assert json.loads(capsys.readouterr().out)["failures"] == [
         {"row": 2, "attempts": 1, "error": "ValueError: too bad"}
@@ -989,7 +989,7 @@ def test_status_and_verify_on_the_command_line(store, capsys):
     flip(store.path / "margins.npy", 128 + 3)
     assert command.main(["verify", str(store.path)]) == 1
     out = capsys.readouterr().out
-    assert "row 0, 'margins': its bytes are not what was committed (checksum)" in out and "1 problems" in out
+    assert "row 0, 'margins': its bytes are not what was committed (checksum)" in out and "problems: 1" in out
 
 
 def test_exit_codes_of_the_command(store, tmp_path):
