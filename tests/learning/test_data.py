@@ -16,6 +16,7 @@ from datamodels.errors import DatamodelsError
 from datamodels.learning import data
 from datamodels.learning.data import Augment, Dataset, Split, load, masked
 from tests import image_files
+from tests.needs import missing
 
 
 def images(n=3, shape=(2, 2)):
@@ -125,8 +126,9 @@ def test_fashion_mnist_says_how_to_get_it(tmp_path, monkeypatch):
         load("fashion_mnist")
 
 
-@pytest.mark.skipif(not data.FASHION_MNIST_FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")
 def test_the_real_fashion_mnist():
+    if not data.FASHION_MNIST_FOLDER.is_dir():
+        missing("needs Debian's package dataset-fashion-mnist")
     fashion = load("fashion_mnist")
     assert fashion.train.inputs.shape == (60_000, 28, 28)
     assert np.bincount(fashion.train.labels).tolist() == [6_000] * 10

@@ -21,6 +21,7 @@ from datamodels.store import commit as commits
 from datamodels.store import store as store_module
 from datamodels.store.check import verify
 from datamodels.store.disk import PosixDisk, filesystem
+from tests.needs import missing
 
 SPEC = {
     "num_models": 6,
@@ -612,11 +613,11 @@ def test_a_disk_that_fills_up_during_a_commit(tmp_path):
 def small_disk(tmp_path):
     """A file system of 1 MiB. Needs root, or a kernel that lets users mount in a name space of their own."""
     if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root; the tests with a limit on file sizes ran")
+        missing("mounting a small file system needs root; the tests with a limit on file sizes ran")
     mount = tmp_path / "disk"
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount")
+        missing("this machine lets nobody mount")
     yield mount
     subprocess.run(["umount", "-l", mount], check=True)
 
