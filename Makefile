@@ -63,5 +63,6 @@ $(READY): setup.py constraints.txt
 	fi; \
 	echo "Setting up $(VENV) with $$($$python --version); once, some minutes, torch is the large part of it."; \
 	if ! $(RUN) -c "$$fits" 2>/dev/null; then rm -rf $(VENV); "$$python" -m venv $(VENV); fi; \
-	$(RUN) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e '.[lint,test]'; \
+	$(RUN) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+	    --config-settings editable_mode=compat -e '.[lint,test]'; \
 	touch $(READY)

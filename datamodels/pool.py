@@ -38,6 +38,7 @@ SECTIONS = {
 }
 _STOP_SECONDS = 4.0
 _BARREN_LIMIT = 5
+_HOPELESS = 20
 
 
 class Interrupted(Exception):
@@ -74,6 +75,14 @@ def run_pool(
         while executor.running():
             time.sleep(0.2)
             watch.look()
+            if judge.hopeless():
+                executor.stop(_STOP_SECONDS)
+                watch.close()
+                say(
+                    f"stopped: the first {_HOPELESS} rows that were tried all failed, and none was finished; try one "
+                    f"with --worker.smoke before you run them all"
+                )
+                return _report(store, say)
             for end in executor.ended():
                 if end.code in (0, GAVE_UP) and (executor.running() or not _left_behind(store)):
                     continue
@@ -178,6 +187,22 @@ class Judge:
     def __init__(self, store: Store):
         self._store = store
         self._completed, self._attempts, _ = self._count()
+        self._began_with = (self._completed, self._failed())
+        self._next = time.monotonic()
+
+    def _failed(self) -> int:
+        return int((self._store.layout.row_records()["state"] == commits.FAILED).sum())
+
+    def hopeless(self) -> bool:
+        """Whether, since the pool began, many rows failed and none was finished: the rest would cost as much."""
+        if time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + 1
+        completed, failed = self._began_with
+        if int(self._store.completed().sum()) > completed:
+            self._next = float("inf")
+            return False
+        return self._failed() - failed >= _HOPELESS
 
     def _count(self) -> tuple[int, int, bool]:
         completed, attempts = self._store.completed(), self._store.layout.row_records()["attempts"]

@@ -133,6 +133,7 @@ class Routine:
     function: Callable[..., Any]
     name: str
     wanted: tuple[str, ...]
+    required: tuple[str, ...] = ()  # those among them that have no default
 
     @classmethod
     def find(cls, module: ModuleType, name: str, available: Sequence[str]) -> Routine | None:
@@ -144,7 +145,9 @@ class Routine:
         if not callable(function):
             raise ConfigError(f"{where}: expected a function, got {type(function).__name__}")
         inner, filled = _unwrap(function)
-        wanted, missing = [], []
+        wanted: list[str] = []
+        required: list[str] = []
+        missing: list[str] = []
         for parameter in inspect.signature(inner).parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 wanted += [n for n in available if n not in wanted]
@@ -152,6 +155,8 @@ class Routine:
                 continue
             elif parameter.name in available and parameter.kind is not parameter.POSITIONAL_ONLY:
                 wanted.append(parameter.name)
+                if parameter.default is parameter.empty and parameter.name not in filled:
+                    required.append(parameter.name)
             elif parameter.default is parameter.empty and parameter.name not in filled:
                 missing.append(parameter.name)
         if missing:
@@ -160,7 +165,17 @@ class Routine:
                 f"{', '.join(available)}{_hint(missing, available)}; give the argument a default, or name "
                 f"a factor of the design"
             )
-        return cls(function, where, tuple(wanted))
+        return cls(function, where, tuple(wanted), tuple(required))
+
+    def check_blocks(self, store: Store) -> None:
+        """`ConfigError` for a block whose rows do not have a factor that the function cannot do without."""
+        for number, block in enumerate(store.design.blocks):
+            for factor in store.design.factors:
+                if factor in self.required and factor not in block.cells[0]:
+                    raise ConfigError(
+                        f"{self.name}: asks for {factor}, and the rows of design[{number}] ({block.role}) do not have "
+                        f"that factor; give the argument a default, or the block `choices` (a block has only its own)"
+                    )
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
         """Call it with what it wants of `arguments`: a factor that a row's block does not have is left out."""
@@ -709,6 +724,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.collect_user(args)
     single = Routine.find(module, "main", available(store, many=False))
     many = Routine.find(module, "main_many", available(store, many=True))
+    if single is not None:
+        single.check_blocks(store)  # main_many is given a list, with None where a row does not have a factor
     if single is None and many is None:
         raise ConfigError(f"{module.__name__} ({getattr(module, '__file__', '?')}): has neither main() nor main_many()")
     if args["worker.batch"] > 1 and many is None:
@@ -808,6 +825,8 @@ def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str
     assignment = store.design.assignment(row)
     routine = worker.routine_for(batch)
     inner = _unwrap(routine.function)[0]
+    absent = set(store.design.factors) - set(assignment.choices) if routine is worker.main else set()
+    passed = [name for name in routine.wanted if name not in absent]
     mask = (
         "none"
         if assignment.mask is None
@@ -819,7 +838,7 @@ def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str
         f"seed       {assignment.seed}",
         f"mask       {mask}",
         f"choices    {', '.join(f'{k}={v!r}' for k, v in assignment.choices.items()) or 'none'}",
-        f"calls      {routine.name}({', '.join(routine.wanted)}) in {_source(inner)}",
+        f"calls      {routine.name}({', '.join(passed)}) in {_source(inner)}",
         f"sys.argv   {' '.join(rest) or '(empty)'}",
         "returns    " + ", ".join(f"{k}: {f.dtype} {list(f.shape)}" for k, f in store.spec.schema.items()),
     ]

@@ -1,12 +1,15 @@
 """Who may import whom, read from the source; and what never loads torch, tried in processes where torch cannot load."""
 
 import ast
+import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.needs import missing
 
 ROOT = Path(__file__).parent.parent
 MAIN = 4  # the layer of entry points
@@ -222,3 +225,21 @@ def test_importing_datamodels_is_quick():
     code = "import sys; import datamodels; print(sorted({'numpy', 'torch', 'fastargs', 'scipy'} & set(sys.modules)))"
     done = python("-c", code, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stdout) == (0, "[]\n")
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    """People clone into `datamodels` and start Python beside it, where the clone looks like a package of that name."""
+    if not _installed():
+        missing("the package is not installed in this environment; make test does that")
+    (tmp_path / "datamodels").symlink_to(ROOT)
+    code = "from datamodels.regression import Datamodel; from datamodels import __version__"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _installed():
+    try:
+        return bool(importlib.metadata.distribution("datamodels-store"))
+    except importlib.metadata.PackageNotFoundError:
+        return False

@@ -328,3 +328,11 @@ def test_the_bar_counts_what_was_done_while_workers_died(tmp_path):
     assert np.sum(job.completed) == 11
     assert re.findall(r"(\d+)/12 \[", terminal.text)[-1] == "11"
     assert "worker" in terminal.text and "ended with code 9" in terminal.text
+
+
+def test_a_main_that_fails_for_every_row_is_stopped_early(tmp_path):
+    source = "import time\ndef main(index):\n    time.sleep(0.01)\n    raise ValueError('always')"
+    job = Pool(tmp_path, plain(3000), source)
+    code, out, err = job.run("--pool.workers=2")
+    assert code == 1 and "the first 20 rows that were tried all failed" in out + err and "--worker.smoke" in out + err
+    assert 20 <= sum(attempts > 0 for attempts in job.attempts) < 1500

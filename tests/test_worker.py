@@ -114,12 +114,11 @@ def test_batch_without_main_many(tmp_path, monkeypatch, capsys):
     assert "job_no_many has no main_many()" in capsys.readouterr().err
 
 
-def test_a_factor_of_another_block(tmp_path, monkeypatch, capsys):
-    """Rows of a block without the factor use main's default; without a default they fail, and say so."""
-    job = Job(tmp_path, DESIGN, f"def main(optimiser): {RETURN}", "job_factor")
-    assert job.here("--worker.retries=0", monkeypatch=monkeypatch) == 3
-    assert job.completed == [True] * 4 + [False] * 2
-    assert "missing 1 required positional argument: 'optimiser'" in job.traceback(5)
+def test_a_factor_of_another_block(tmp_path):
+    """Rows of a block without the factor use main's default."""
+    job = Job(tmp_path, DESIGN, "def main(width, optimiser='none'): return {'x': [1, 2, 3], 'note': optimiser}")
+    assert job.run()[0] == 0
+    assert job.array("note").tolist() == ["sgd"] * 4 + ["none"] * 2
 
 
 def test_fastargs_and_the_design_side_by_side(tmp_path):
@@ -659,3 +658,16 @@ def test_dry_run_and_smoke_show_the_function_that_the_run_calls(tmp_path):
         code, out, err = job.run("--worker.index=1", "--worker.batch=3", f"--worker.{show}")
         assert code == 0 and ("main(index)" in out or show == "smoke"), err
     assert job.run("--worker.index=1", "--worker.batch=3")[0] == 0
+
+
+def test_a_block_without_a_factor_that_main_needs_is_refused_before_any_row(tmp_path):
+    job = Job(tmp_path, DESIGN, f"def main(mask, optimiser): {RETURN}")
+    code, _, err = job.run()
+    assert code == 2 and "asks for optimiser" in err and "design[1] (eval)" in err
+    assert sum(job.attempts) == 0
+
+
+def test_dry_run_names_only_what_a_row_is_given(tmp_path):
+    job = Job(tmp_path, DESIGN, f"def main(mask, width, optimiser='adam'): {RETURN}")
+    train, evaluation = (job.run(f"--worker.index={row}", "--worker.dry_run")[1] for row in (0, 4))
+    assert "main(mask, width, optimiser)" in train and "main(mask, width)" in evaluation

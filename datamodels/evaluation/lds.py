@@ -135,8 +135,12 @@ def lds_of_store(
     """
     rows = np.flatnonzero(store.completed() & (store.design.roles == "eval"))
     if not len(rows):
+        planned = int((store.design.roles == "eval").sum())
         raise RegressionError(
-            f'{store.path}: no complete evaluation rows; add a block with "role": "eval" to the design and run it'
+            f"{store.path}: none of its {planned} evaluation rows is complete; run them "
+            f"(python -m datamodels.store status says what failed)"
+            if planned
+            else f'{store.path}: no evaluation rows; add a block with "role": "eval" to the design of the next store'
         )
     outcomes = store.rows(y_name, rows).reshape(len(rows), -1)
     outcomes = outcomes[:, target_start : target_start + len(model.targets)]

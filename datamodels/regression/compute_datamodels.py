@@ -143,9 +143,14 @@ def compute(
             target_start=target_start,
             target_end=target_end,
         )
+        training = store.design.roles == "train"
+        complete, planned = int((store.completed() & training).sum()), int(training.sum())
     read = time.time()
     p, T = problem.x.shape[1], problem.y.shape[1]
-    say(f"{len(problem.train)} rows to fit, {len(problem.val)} to validate; {p} columns, {T} targets")
+    say(
+        f"{len(problem.train)} rows to fit, {len(problem.val)} to validate, of {complete} complete and {planned} "
+        f"planned training rows; {p} columns, {T} targets"
+    )
     with (
         warnings.catch_warnings(record=True) as raised,
         tqdm(total=T, unit="target", desc="regression", disable=not sys.stderr.isatty()) as bar,

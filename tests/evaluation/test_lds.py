@@ -259,7 +259,7 @@ def test_score_of_a_store(tmp_path):
         columns=("x",) * 9,
         targets=("y",) * 3,
     )
-    with pytest.raises(RegressionError, match="no complete evaluation rows"):
+    with pytest.raises(RegressionError, match="none of its 36 evaluation rows is complete"):
         lds_of_store(model, store)
     done = [row for row in range(42) if row != 20]
     store.commit_many(done, {"masks": masks[done], "margins": margins[done]})
