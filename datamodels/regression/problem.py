@@ -26,6 +26,8 @@ class Problem:
 
     x: (n, p), bool or real.  y: (n, T), float.  train, val: positions in 0..n-1, disjoint, ascending.
     columns, targets: p and T names.  rows: (n,), what a row is called in messages (its number in the store).
+    penalty: (p,) or (p, T), how strongly each column is shrunk, 0 for not at all; None: 1 everywhere.
+    offset: (n, T), a part of the outcomes that is given and not fitted; None: 0.
 
     Raises RegressionError for shapes that do not fit together and for values that are not finite.
     """
@@ -38,6 +40,8 @@ class Problem:
     targets: tuple[str, ...]
     rows: np.ndarray
     seed: int = 0
+    penalty: np.ndarray | None = None
+    offset: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         x, y = self.x, self.y
@@ -65,6 +69,15 @@ class Problem:
                 raise RegressionError(f"{len(names)} {what} names for {width} {what}s")
         _refuse_nonfinite(x, self.rows, self.columns, "column")
         _refuse_nonfinite(y, self.rows, self.targets, "target")
+        if self.penalty is not None:
+            self._check_penalty(self.penalty)
+        if self.offset is not None:
+            if self.offset.shape != y.shape or self.offset.dtype.kind not in "biuf":
+                raise RegressionError(
+                    f"offset: expected real numbers of the outcomes' shape {y.shape}, got {self.offset.dtype} of "
+                    f"{self.offset.shape}"
+                )
+            _refuse_nonfinite(self.offset, self.rows, self.targets, "offset of target")
         both = np.concatenate([self.train, self.val])
         if len(self.train) < 2 or len(self.val) < 1:
             raise RegressionError(
@@ -74,6 +87,34 @@ class Problem:
         if both.min() < 0 or both.max() >= len(x) or len(np.unique(both)) != len(both):
             raise RegressionError(
                 f"training and validation rows must be different positions in 0..{len(x) - 1}, each used once"
+            )
+
+    def penalty_of(self, targets: slice) -> np.ndarray:
+        """(p, B), float64: how strongly these targets' columns are shrunk."""
+        p, width = self.x.shape[1], len(range(*targets.indices(self.y.shape[1])))
+        if self.penalty is None:
+            return np.ones((p, width))
+        chosen = self.penalty[:, targets] if self.penalty.ndim == 2 else self.penalty[:, None]
+        return np.broadcast_to(chosen, (p, width)).astype(np.float64)
+
+    def outcomes(self, rows: np.ndarray | slice, targets: slice) -> np.ndarray:
+        """(rows, B), float64: outcomes less their offsets, which is what the columns are to explain."""
+        y = self.y[rows, targets].astype(np.float64)
+        return y if self.offset is None else y - self.offset[rows, targets]
+
+    def _check_penalty(self, penalty: np.ndarray) -> None:
+        p, T = self.x.shape[1], self.y.shape[1]
+        if penalty.shape not in ((p,), (p, T)) or penalty.dtype.kind not in "biuf":
+            raise RegressionError(
+                f"penalty: expected real numbers of shape ({p},), one per column, or ({p}, {T}), one per column and "
+                f"target; got {penalty.dtype} of {penalty.shape}"
+            )
+        bad = ~(np.isfinite(penalty) & (penalty >= 0))
+        if bad.any():
+            at = tuple(np.argwhere(bad)[0])
+            raise RegressionError(
+                f"penalty of column {self.columns[at[0]]!r} is {penalty[at]}; it must be finite and at least 0 "
+                f"(0: the column is not shrunk)"
             )
 
 
@@ -88,12 +129,15 @@ def make_problem(
     columns: Sequence[str] | None = None,
     targets: Sequence[str] | None = None,
     rows: np.ndarray | None = None,
+    penalty: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
 ) -> Problem:
     """Problem of the first num_train + num_val rows; all rows of one group on one side of the split.
 
     x: (n, p) or (n,).  y: (n, T) or (n,).  num_val=None: a fifth of the rows.  num_train=None: all the
     others.
     groups: (n,), equal for the rows that share a mask; None: every row stands alone.
+    penalty: (p,) or (p, T), 0 for columns that must not be shrunk.  offset: (n, T) or (n,).
     With groups of several rows the validation side is as close to num_val as whole groups come, never above
     it.
 
@@ -109,6 +153,9 @@ def make_problem(
         )
     count, num_val = count_rows(len(x), num_train, num_val)
     x, y = x[:count], y[:count]
+    if offset is not None:
+        offset = np.asarray(offset)
+        offset = (offset[:, None] if offset.ndim == 1 else offset)[:count]
     groups = np.arange(count) if groups is None else np.asarray(groups)[:count]
     if groups.shape != (count,):
         raise RegressionError(f"groups: expected one entry per row, shape ({count},), got {groups.shape}")
@@ -122,6 +169,8 @@ def make_problem(
         columns=tuple(columns) if columns is not None else tuple(f"x[{j}]" for j in range(x.shape[1])),
         targets=tuple(targets) if targets is not None else tuple(f"y[{t}]" for t in range(y.shape[1])),
         rows=np.arange(count) if rows is None else np.asarray(rows)[:count],
+        penalty=None if penalty is None else np.asarray(penalty),
+        offset=offset,
     )
 
 
