@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodels.errors import ConfigError, RegressionError
-from datamodels.regression import Datamodel, RegressionWarning, compute_datamodels, fit, problem_from_store
+from datamodels.regression import Datamodel, RegressionWarning, fit, problem_from_store, result
 from datamodels.regression.compute_datamodels import main
 from datamodels.store import Store
 
@@ -143,7 +143,7 @@ def test_a_folder_with_other_files_keeps_them(logdir, tmp_path):
     (tmp_path / "out" / "log.txt").write_text("mine")
     main([f"--data.logdir={logdir}", f"--cfg.out_dir={tmp_path / 'out'}", "--data.target_end_ind=1"])
     assert (tmp_path / "out" / "log.txt").read_text() == "mine"
-    assert sorted(os.listdir(tmp_path / "out")) == sorted([*compute_datamodels.RESULTS, "log.txt"])
+    assert sorted(os.listdir(tmp_path / "out")) == sorted([*result.RESULTS, "log.txt"])
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -173,7 +173,7 @@ def test_the_result_appears_in_one_step(logdir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rename", watched)
     main([f"--data.logdir={logdir}", f"--cfg.out_dir={tmp_path / 'out'}", "--data.target_end_ind=1"])
-    assert seen == [(False, sorted(compute_datamodels.RESULTS))]
+    assert seen == [(False, sorted(result.RESULTS))]
 
 
 @pytest.mark.parametrize(
