@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from datamodels import cli
 from datamodels.cli import Option
 from datamodels.errors import ConfigError
 from datamodels.regression import lasso, result
 from datamodels.regression.datamodel import Datamodel
-from datamodels.regression.problem import problem_from_store
+from datamodels.regression.problem import Problem, problem_from_store
 
 GRADIENT_STEPS = "the solver is exact coordinate descent; it takes no gradient steps"
 
@@ -73,29 +72,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError("data.logdir is missing: the store to read")
     if data["data_path"] is not None:
         print("note: data.data_path is not read, because data.logdir is given", file=sys.stderr)
-    compute(
-        out_dir=Path(cfg["out_dir"]),
-        logdir=Path(data["logdir"]),
-        x_name=data["x_name"],
-        y_name=data["y_name"],
-        num_train=data["num_train"],
-        num_val=data["num_val"],
-        seed=data["seed"],
-        target_start=data["target_start_ind"],
-        target_end=data["target_end_ind"],
-        k=cfg["k"],
-        eps=cfg["eps"],
-        tol=cfg["tol"],
-        patience=args["early_stopping.patience"],
-        use_bias=cfg["use_bias"],
-        workers=cfg["num_workers"] or None,
-    )
+    source = {
+        "logdir": Path(data["logdir"]),
+        "x_name": data["x_name"],
+        "y_name": data["y_name"],
+        "num_train": data["num_train"],
+        "num_val": data["num_val"],
+        "seed": data["seed"],
+        "target_start": data["target_start_ind"],
+        "target_end": data["target_end_ind"],
+    }
+    options = {
+        "k": cfg["k"],
+        "eps": cfg["eps"],
+        "tol": cfg["tol"],
+        "patience": args["early_stopping.patience"],
+        "use_bias": cfg["use_bias"],
+        "workers": cfg["num_workers"] or None,
+    }
+    compute(out_dir=Path(cfg["out_dir"]), **source, **options)
     return 0
 
 
-def compute(
+def read(
     *,
-    out_dir: Path,
     logdir: Path,
     x_name: str = "masks",
     y_name: str = "margins",
@@ -104,25 +104,10 @@ def compute(
     seed: int = 0,
     target_start: int = 0,
     target_end: int = -1,
-    k: int = lasso.DEFAULT_K,
-    eps: float = lasso.DEFAULT_EPS,
-    tol: float = lasso.DEFAULT_TOL,
-    patience: int = lasso.DEFAULT_PATIENCE,
-    use_bias: bool = True,
-    workers: int | None = None,
-) -> Datamodel:
-    """Read the store, fit, and leave the result in out_dir; one line per step and warning goes to stderr.
-
-    Raises RegressionError for an out_dir that holds a result, and what problem_from_store and fit raise.
-    """
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in locals().items()}
-
-    from tqdm import tqdm
-
+) -> tuple[Problem, str]:
+    """The problem that a configuration names, and a few words on the rows that it was taken from."""
     from datamodels.store import Store
 
-    result.refuse(out_dir)
-    started = time.time()
     with Store.open(logdir) as store:
         problem = problem_from_store(
             store,
@@ -136,63 +121,68 @@ def compute(
         )
         training = store.design.roles == "train"
         complete, planned = int((store.completed() & training).sum()), int(training.sum())
-    read = time.time()
+    return problem, f"of {complete} complete and {planned} planned training rows"
+
+
+def compute(
+    *,
+    out_dir: Path,
+    k: int = lasso.DEFAULT_K,
+    eps: float = lasso.DEFAULT_EPS,
+    tol: float = lasso.DEFAULT_TOL,
+    patience: int = lasso.DEFAULT_PATIENCE,
+    use_bias: bool = True,
+    workers: int | None = None,
+    check: Callable[[Problem], object] = lambda problem: None,
+    **source: Any,
+) -> Datamodel:
+    """Read the problem, fit, and leave the result in out_dir; one line per step and warning goes to stderr.
+
+    `source` is what `read` takes; `check` may refuse the problem before it is fitted.
+    Raises RegressionError for an out_dir that holds a result, and what `read` and `fit` raise.
+    """
+    options: dict[str, Any] = {
+        "k": k,
+        "eps": eps,
+        "tol": tol,
+        "patience": patience,
+        "use_bias": use_bias,
+        "workers": workers,
+    }
+
+    from tqdm import tqdm
+
+    result.refuse(out_dir)
+    started = time.time()
+    problem, rows = read(**source)
+    check(problem)
+    reading = time.time() - started
     p, T = problem.x.shape[1], problem.y.shape[1]
-    say(
-        f"{len(problem.train)} rows to fit, {len(problem.val)} to validate, of {complete} complete and {planned} "
-        f"planned training rows; {p} columns, {T} targets"
-    )
+    say(f"{len(problem.train)} rows to fit, {len(problem.val)} to validate, {rows}; {p} columns, {T} targets")
+    started = time.time()
     with (
         warnings.catch_warnings(record=True) as raised,
         tqdm(total=T, unit="target", desc="regression", disable=not sys.stderr.isatty()) as bar,
     ):
         warnings.simplefilter("always", lasso.RegressionWarning)
-        model = lasso.fit(
-            problem,
-            k=k,
-            eps=eps,
-            patience=patience,
-            tol=tol,
-            use_bias=use_bias,
-            workers=workers,
-            progress=bar.update,
-        )
-    fitted = time.time()
+        model = lasso.fit(problem, **options, progress=bar.update)
+    fitting = time.time() - started
     for warning in raised:
         say(f"warning: {warning.message}")
-    report = {
-        "config": config,
-        "about": dict(model.about),
-        "rows": {"train": problem.rows[problem.train].tolist(), "val": problem.rows[problem.val].tolist()},
-        "summary": {
-            "columns": p,
-            "targets": T,
-            "gap_max": float(model.gap.max()),
-            "kkt_max": float(model.kkt.max()),
-            "nnz_mean": float(model.nnz.mean()),
-            "r2_val_mean": _mean(model.r2_val),
-            "r2_train_mean": _mean(model.r2_train),
-            "ended": {why: model.ended.count(why) for why in sorted(set(model.ended))},
-        },
-        "warnings": [str(warning.message) for warning in raised],
-        "versions": result.versions(),
-        "seconds": {"read": round(read - started, 3), "fit": round(fitted - read, 3)},
-    }
-    result.write(out_dir, model, report)
-    validation = _mean(model.r2_val)
-    say(
-        f"{T} datamodels in {out_dir}: {fitted - read:.1f} s, mean non-zeros {model.nnz.mean():.0f}, "
-        f"validation R2 {np.nan if validation is None else validation:.3f}, largest duality gap {model.gap.max():.1e}"
+    report = result.report(
+        model,
+        config={"out_dir": out_dir} | source | options,
+        rows={"train": problem.rows[problem.train], "val": problem.rows[problem.val]},
+        warnings=[str(warning.message) for warning in raised],
+        seconds={"read": reading, "fit": fitting},
     )
+    result.write(out_dir, model, report)
+    say(result.describe(out_dir, model, fitting))
     return model
 
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else None
 
 
 if __name__ == "__main__":

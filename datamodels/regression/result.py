@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,46 @@ def write(out_dir: Path, model: Datamodel, report: Mapping[str, Any]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def report(
+    model: Datamodel,
+    *,
+    config: Mapping[str, Any],
+    rows: Mapping[str, np.ndarray],
+    warnings: Sequence[str],
+    seconds: Mapping[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    """What regression.json says: how the fit was made, from which rows, and how it went."""
+    return {
+        "config": {name: str(value) if isinstance(value, Path) else value for name, value in config.items()},
+        "about": dict(model.about),
+        "rows": {name: np.asarray(some).tolist() for name, some in rows.items()},
+        "summary": {
+            "columns": len(model.columns),
+            "targets": len(model.targets),
+            "gap_max": float(model.gap.max()),
+            "kkt_max": float(model.kkt.max()),
+            "nnz_mean": float(model.nnz.mean()),
+            "r2_val_mean": _mean(model.r2_val),
+            "r2_train_mean": _mean(model.r2_train),
+            "ended": {why: model.ended.count(why) for why in sorted(set(model.ended))},
+        },
+        "warnings": list(warnings),
+        "versions": versions(),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        **more,
+    }
+
+
+def describe(out_dir: Path, model: Datamodel, seconds: float) -> str:
+    """One line on a result, for a terminal."""
+    validation = _mean(model.r2_val)
+    return (
+        f"{len(model.targets)} datamodels in {out_dir}: {seconds:.1f} s, mean non-zeros {model.nnz.mean():.0f}, "
+        f"validation R2 {np.nan if validation is None else validation:.3f}, largest duality gap {model.gap.max():.1e}"
+    )
+
+
 def versions() -> dict[str, str]:
     names = ("numpy", "scipy", "scikit-learn", "torch")
     return {"datamodels": datamodels.__version__, "python": platform.python_version()} | {
@@ -81,3 +121,7 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else None
