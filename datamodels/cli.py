@@ -31,15 +31,22 @@ from fastargs.exceptions import MissingValueError, ValidationError
 from datamodels.errors import ConfigError, DatamodelsError
 
 ENV_PREFIX = "DATAMODELS_"
-_EXPECTED = {int: "an int", float: "a number", bool: "true or false", str: "text"}
-_METAVAR = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}
+_EXPECTED = {
+    int: "an int",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "names, a,b or a list",
+    dict: "numbers by name, a=0,b=1 or a mapping",
+}
+_METAVAR = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT", list: "A,B", dict: "A=0,B=1"}
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf)")
 
 
 @dataclass(frozen=True)
 class Option:
-    """One `--section.name`: its kind (int, float, bool or str), help, default and limits.
+    """One `--section.name`: its kind (int, float, bool, str, list of names, dict of numbers), help, default and limits.
 
     `ignored` says why a key of the released code is accepted and does nothing; its value is then never read.
     """
@@ -55,7 +62,7 @@ class Option:
 
     def __post_init__(self) -> None:
         if self.kind not in _EXPECTED:
-            raise ValueError(f"an option is int, float, bool or str, not {self.kind!r}")
+            raise ValueError(f"an option is int, float, bool, str, list or dict, not {self.kind!r}")
         if self.required and self.default is not None:
             raise ValueError(f"a required option has no default, got {self.default!r}")
         if self.default is not None:
@@ -91,6 +98,24 @@ def convert(kind: type, value: Any) -> Any:
         if word not in _TRUE + _FALSE:
             raise ValueError
         return word in _TRUE
+    if kind is list:
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError
+        return names
+    if kind is dict:
+        if isinstance(value, str):
+            pairs = [[part.strip() for part in item.split("=")] for item in value.split(",")]
+        elif isinstance(value, dict):
+            pairs = [list(pair) for pair in value.items()]
+        else:
+            raise ValueError
+        if not all(len(pair) == 2 and isinstance(pair[0], str) and pair[0] for pair in pairs):
+            raise ValueError
+        numbers = {name: convert(float, number) for name, number in pairs}
+        if len(numbers) < len(pairs):
+            raise ValueError
+        return numbers
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError
     if kind is float:
@@ -781,6 +806,8 @@ def _print_help(text: str) -> NoReturn:
 def _show(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list):
+        return ",".join(value)
     if isinstance(value, float) and float(short := f"{value:g}") == value:
         return short
     return str(value) or "''"

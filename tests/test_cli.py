@@ -150,6 +150,32 @@ def test_numbers_in_yaml(write, text, value):
     assert call("-C", write(f"worker:\n  rate: {text}\n"))["worker.rate"] == value
 
 
+NAMES = {"a": {"keys": Option(list, "keys", default=["x"]), "weights": Option(dict, "weights")}}
+
+
+@pytest.mark.parametrize("text", ["keys: [x, y]", "keys: x, y", "keys: x,y"])
+def test_a_list_of_names(write, text):
+    for args in (parse("p", "", NAMES, ["-C", write(f"a:\n    {text}\n")]), parse("p", "", NAMES, ["--a.keys=x, y"])):
+        assert args["a.keys"] == ["x", "y"]
+    assert parse("p", "", NAMES, [])["a.keys"] == ["x"]
+    for bad in ("keys: [x, 1]", "keys: []", "keys: {x: 1}", "keys: 'x,,y'"):
+        with pytest.raises(ConfigError, match=r"a.keys .*: expected names, a,b or a list, got"):
+            parse("p", "", NAMES, ["-C", write(f"a:\n    {bad}\n")])
+
+
+@pytest.mark.parametrize("text", ["weights: {x: 0, y: 1.5}", "weights: x=0, y=1.5", "weights:\n     x: 0\n     y: 1.5"])
+def test_numbers_by_name(write, text):
+    for args in (
+        parse("p", "", NAMES, ["-C", write(f"a:\n    {text}\n")]),
+        parse("p", "", NAMES, ["--a.weights", "x=0,y=1.5"]),
+    ):
+        assert args["a.weights"] == {"x": 0.0, "y": 1.5}
+    assert parse("p", "", NAMES, [])["a.weights"] is None
+    for bad in ("x", "x=a", "x=0,x=1", "=1", "x=1=2", "", "x=nan"):
+        with pytest.raises(ConfigError, match=r"--a.weights .*: expected numbers by name, a=0,b=1 or a mapping, got"):
+            parse("p", "", NAMES, [f"--a.weights={bad}"])
+
+
 def test_words_of_old_yaml_stay_words(write):
     args = call("-C", write("worker: {mode: no, logdir: 12:30:45, dry_run: yes}"))
     assert (args["worker.mode"], args["worker.logdir"], args["worker.dry_run"]) == ("no", "12:30:45", True)
@@ -281,7 +307,7 @@ def test_positional():
     assert "two dashes" in refused("-v")
 
 
-@pytest.mark.parametrize("bad", [{"kind": list}, {"required": True, "default": 1}, {"default": 2.5}, {"default": 0}])
+@pytest.mark.parametrize("bad", [{"kind": tuple}, {"required": True, "default": 1}, {"default": 2.5}, {"default": 0}])
 def test_an_option_that_makes_no_sense(bad):
     with pytest.raises(ValueError):
         Option(**{"kind": int, "help": "", "min": 1, **bad})
