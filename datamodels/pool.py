@@ -75,11 +75,11 @@ def run_pool(
         while executor.running():
             time.sleep(0.2)
             watch.look()
-            if judge.hopeless():
-                executor.stop(_STOP_SECONDS)
+            if judge.hopeless(executor.running()):
+                _stop(executor, store)
                 watch.close()
                 say(
-                    f"stopped: the first {_HOPELESS} rows that were tried all failed, and none was finished; try one "
+                    f"stopped: every worker fails, {_HOPELESS} rows or more, and none was finished; try one "
                     f"with --worker.smoke before you run them all"
                 )
                 return _report(store, say)
@@ -87,13 +87,13 @@ def run_pool(
                 if end.code in (0, GAVE_UP) and (executor.running() or not _left_behind(store)):
                     continue
                 if end.code == 2:
-                    executor.stop(_STOP_SECONDS)
+                    _stop(executor, store)
                     watch.close()
                     say(end.words)
                     return 2
                 barren = 0 if judge.moved() else barren + 1
                 if barren >= _BARREN_LIMIT:
-                    executor.stop(_STOP_SECONDS)
+                    _stop(executor, store)
                     watch.close()
                     say(
                         f"{barren} workers in a row died before any row was finished; the last one {_cause(end)}:\n"
@@ -105,8 +105,7 @@ def run_pool(
         watch.close()
         return _report(store, say)
     except Interrupted as interrupted:
-        if executor.stop(_STOP_SECONDS):
-            _give_back(store)
+        _stop(executor, store)
         watch.close()
         status = store.status(failures=3)
         safe = f"stopped: {status.completed} of {status.num_models} rows are complete and safe"
@@ -116,6 +115,18 @@ def run_pool(
         executor.stop(0)
         for stop, handler in before.items():
             signal.signal(stop, handler)
+
+
+def _stop(executor: Executor, store: Store) -> None:
+    """Stop every worker. What the pool itself had to kill says nothing against its rows, so they are uncounted."""
+    held = store.held()  # not those of workers that died by themselves
+    if not executor.stop(_STOP_SECONDS):
+        return
+    records = store.layout.row_records()
+    for row in sorted(held):
+        if records["state"][row] == commits.RUNNING and store.run.take(row):  # nobody alive holds it
+            store.give_back(row, int(records["attempts"][row]))
+            store.run.release(row, done=False)
 
 
 def _cause(end: Exit) -> str:
@@ -172,37 +183,37 @@ def _left_behind(store: Store) -> bool:
     return False
 
 
-def _give_back(store: Store) -> None:
-    """Uncount the attempts of rows whose worker did not listen and was killed: the row did nothing wrong."""
-    records = store.layout.row_records()
-    for row in map(int, np.flatnonzero((records["state"] == commits.RUNNING) & ~store.completed())):
-        if store.run.take(row):  # nobody alive holds it
-            store.give_back(row, int(records["attempts"][row]))
-            store.run.release(row, done=False)
-
-
 class Judge:
     """Whether starting dead workers again leads anywhere."""
 
     def __init__(self, store: Store):
         self._store = store
         self._completed, self._attempts, _ = self._count()
-        self._began_with = (self._completed, self._failed())
-        self._next = time.monotonic()
+        self._began, self._began_with = time.time(), self._completed
+        self._next, self._doubts = time.monotonic(), 0
 
-    def _failed(self) -> int:
-        return int((self._store.layout.row_records()["state"] == commits.FAILED).sum())
+    def hopeless(self, workers: int) -> bool:
+        """Whether, since the pool began, every worker has failed rows, many in all, and none was finished.
 
-    def hopeless(self) -> bool:
-        """Whether, since the pool began, many rows failed and none was finished: the rest would cost as much."""
+        A row that has been in hand for longer than any took to fail may well be finished: rows of one kind stand
+        together, and those that are no good are often the first to end. Asked twice, for what fails in less than a
+        second costs little.
+        """
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + 1
-        completed, failed = self._began_with
-        if int(self._store.completed().sum()) > completed:
+        if int(self._store.completed().sum()) > self._began_with:
             self._next = float("inf")
             return False
-        return self._failed() - failed >= _HOPELESS
+        records = self._store.layout.row_records()
+        failed = records[(records["state"] == commits.FAILED) & (records["finished"] >= self._began)]
+        if len(failed) < _HOPELESS or len(np.unique(failed["run"])) < workers:
+            return False
+        longest = float((failed["finished"] - failed["started"]).max())
+        held = records[self._store.held()]
+        lasting = time.time() - held["started"][held["state"] == commits.RUNNING]
+        self._doubts = 0 if bool((lasting > longest).any()) else self._doubts + 1
+        return self._doubts > 1
 
     def _count(self) -> tuple[int, int, bool]:
         completed, attempts = self._store.completed(), self._store.layout.row_records()["attempts"]

@@ -354,6 +354,7 @@ class Worker:
             attempts,
             f"The process that ran this row died without leaving a word, {attempts} times (killed, out of memory, or "
             f"the machine went down); the last one was runs/{run}.json",
+            finished=float(record["started"]),  # it is known when it began
         )
         print(f"row {row}: its process died {attempts} times; it will not be tried again", file=sys.stderr, flush=True)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from datamodels.pool import Judge
 from datamodels.store import Store
 from tests.jobs import CALLED, Job, alive, finish, plain, until
 
@@ -331,8 +332,91 @@ def test_the_bar_counts_what_was_done_while_workers_died(tmp_path):
 
 
 def test_a_main_that_fails_for_every_row_is_stopped_early(tmp_path):
-    source = "import time\ndef main(index):\n    time.sleep(0.01)\n    raise ValueError('always')"
+    source = "import time\ndef main(index):\n    time.sleep(0.05)\n    raise ValueError('always')"
     job = Pool(tmp_path, plain(3000), source)
     code, out, err = job.run("--pool.workers=2")
-    assert code == 1 and "the first 20 rows that were tried all failed" in out + err and "--worker.smoke" in out + err
-    assert 20 <= sum(attempts > 0 for attempts in job.attempts) < 1500
+    assert code == 1 and "every worker fails, 20 rows or more" in out + err and "--worker.smoke" in out + err
+    # Twenty rows, and at most three looks a second apart; as many as could fail until then.
+    assert 20 <= sum(attempts > 0 for attempts in job.attempts) <= 20 + 2 * 3 / 0.05
+
+
+def test_a_row_that_the_pool_itself_has_to_kill_is_not_counted(tmp_path):
+    source = """
+import os
+def main(index):
+    try:
+        os.close(os.open('first', os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        os._exit(9)
+    open('row', 'w').write(str(index))
+    sum(iter(int, 1))  # C, with the interpreter's lock held
+"""
+    job = Pool(tmp_path, plain(40), source)
+    code, _, err = job.run()
+    assert code == 1 and "5 workers in a row died" in err
+    assert job.attempts[int((tmp_path / "row").read_text())] == 0
+    assert sum(job.attempts) == 5  # those that died by themselves
+
+
+# The first to be asked a second time trains, the other one fails whatever it is given.
+ONE_TRAINS = """
+import os, time
+asked = 0
+def main(index):
+    global asked
+    asked += 1
+    if asked > 1 and not os.path.exists('trained'):
+        try:
+            os.close(os.open('first', os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            time.sleep(0.05)
+            raise ValueError('bad') from None
+        time.sleep(4)
+        open('trained', 'w')
+    elif asked == 1:
+        raise ValueError('bad')
+    return {'x': 1.0}
+"""
+
+
+def test_rows_that_fail_in_one_place_do_not_stop_those_that_train(tmp_path):
+    """Rows of one kind stand together, so one worker can fail many while the other is at work on a good one."""
+    job = Pool(tmp_path, plain(300), ONE_TRAINS)
+    assert job.run("--pool.workers=2", "--worker.retries=0")[0] == 1
+    assert 20 < 300 - sum(job.completed) < 150
+    assert job.attempts == [1] * 300
+
+
+def test_the_judge_asks_twice_and_looks_at_the_rows_in_hand(tmp_path):
+    Store.create(tmp_path / "store", plain(40), sync=False).close()
+    with Store.open(tmp_path / "store") as one, Store.open(tmp_path / "store") as two:
+        judge = Judge(one)
+        for row in range(21):
+            store = one if row else two  # one of them has failed a single row
+            assert store.run.take(row)
+            store.begin([row])
+            time.sleep(0.1 if row == 7 else 0)
+            store.fail(row, 1, "bad")
+            store.run.release(row, done=False)
+        assert not judge.hopeless(3)  # a third worker has not been heard of
+        time.sleep(1)
+        assert not judge.hopeless(2)  # the first time
+        time.sleep(0.8)
+        assert two.run.take(30)
+        two.begin([30])
+        time.sleep(1)
+        assert not judge.hopeless(2)  # it lasts longer than any took to fail
+        two.fail(30, 1, "bad")
+        two.run.release(30, done=False)
+        time.sleep(0.8)
+        assert two.run.take(31)
+        two.begin([31])
+        time.sleep(0.25)
+        assert not judge.hopeless(2)  # no longer than one took: the first time
+        time.sleep(0.02)
+        two.run.release(31, done=False)  # as if it had been killed: its record says that it is running
+        time.sleep(1)
+        assert judge.hopeless(2)
+        one.commit_many([35], {"x": [1.0]})
+        time.sleep(1)
+        assert not judge.hopeless(2)

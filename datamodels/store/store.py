@@ -298,7 +298,7 @@ class Store:
         completed = self.completed()
         records = self.layout.row_records()
         running = np.zeros(self.num_models, bool)
-        running[[row for row in claimed(self.path, self.disk.list("claims")) if row < self.num_models]] = True
+        running[self.held()] = True
         running &= ~completed & (records["state"] != commits.FAILED)
         failed = np.flatnonzero((records["state"] == commits.FAILED) & ~completed)
         shown = tuple(
@@ -306,6 +306,10 @@ class Store:
         )
         done, active = int(completed.sum()), int(running.sum())
         return Status(self.num_models, done, active, len(failed), self.num_models - done - active - len(failed), shown)
+
+    def held(self) -> list[int]:
+        """Rows that a run has claimed which has not ended."""
+        return [row for row in claimed(self.path, self.disk.list("claims")) if row < self.num_models]
 
     def last_error(self, row: int) -> str:
         """Last line of the traceback of a row's newest failed attempt, or "" where there is none."""
@@ -461,22 +465,26 @@ class Store:
             int(record["attempts"]) + 1 if commits.row_record_intact(record, row) else 1
             for row, record in zip(rows, records, strict=True)
         ]
-        self._write_rows(rows, commits.RUNNING, attempts, finished=0.0)
+        self._write_rows(rows, commits.RUNNING, attempts, started=time.time(), finished=0.0)
         return attempts
 
-    def fail(self, row: int, attempts: int, traceback: str) -> Path:
-        """Record a failed attempt of a claimed row; where its traceback is."""
+    def fail(self, row: int, attempts: int, traceback: str, *, finished: float | None = None) -> Path:
+        """Record a failed attempt of a claimed row, that ended now or `finished`; where its traceback is."""
         name = f"workers/{row}/attempt-{attempts}.json"
         report = {"row": row, "attempt": attempts, "run": self.run.id, "time": time.time(), "traceback": traceback}
         self.disk.put(name, (json.dumps(report, indent=1) + "\n").encode())
-        self._write_rows([row], commits.FAILED, [attempts], finished=time.time())
+        started = float(self.layout.row_records([row])["started"][0])
+        finished = time.time() if finished is None else finished
+        self._write_rows([row], commits.FAILED, [attempts], started=started, finished=finished)
         return self.path / name
 
     def give_back(self, row: int, attempts: int) -> None:
         """Undo `begin`: the row was stopped from outside, which says nothing against it."""
-        self._write_rows([row], commits.PENDING, [max(0, attempts - 1)], finished=0.0)
+        self._write_rows([row], commits.PENDING, [max(0, attempts - 1)], started=0.0, finished=0.0)
 
-    def _write_rows(self, rows: Sequence[int], state: int, attempts: Sequence[int], *, finished: float) -> None:
+    def _write_rows(
+        self, rows: Sequence[int], state: int, attempts: Sequence[int], *, started: float, finished: float
+    ) -> None:
         # The record of a complete row belongs to the values that it holds until they are replaced.
         fresh = [i for i, complete in enumerate(self.layout.completed(rows)) if not complete]
         if not fresh:
@@ -486,7 +494,7 @@ class Store:
                 rows[i],
                 state=state,
                 attempts=attempts[i],
-                started=time.time(),
+                started=started,
                 finished=finished,
                 seed=self.design.seed(rows[i]),
                 run=self.run.id,
