@@ -557,6 +557,9 @@ class Worker:
         try:
             self.store.commit_encoded({row: blobs}, replace=replace)
         except ClaimLost as error:
+            if self.store.run.holds(row):  # the lease had run out and nobody has come for the row
+                self._failed(row, error)
+                return
             self._attempts.pop(row, None)
             self.store.run.release(row, done=False)
             print(f"{error}", file=sys.stderr)

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from datamodels.store import Store
+from datamodels.store import Store, commit
 from tests.jobs import CALLED, DESIGN, ROOT, Job, finish, plain, until
 
 # ------------------------------------------------------------------ the calling convention
@@ -292,6 +292,33 @@ def test_a_row_that_failed_for_good_runs_again_when_it_is_named(tmp_path, monkey
     assert job.here("--worker.retries=0", "--worker.index=1", monkeypatch=monkeypatch) == 0
     assert job.here("--worker.retries=1", monkeypatch=monkeypatch) == 0
     assert job.completed == [True, True]
+
+
+SILENT = """
+import time
+from datamodels.store import claims
+def main(index):
+    for run in claims._RUNS:
+        run._last_beat -= %d  # as if no other thread had had its turn for so long
+    return {'x': index}
+"""
+
+
+def test_a_row_whose_lease_can_be_renewed_is_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr("datamodels.store.disk.filesystem", lambda path: "nfs")
+    job = Job(tmp_path, plain(2), SILENT % 85, "job_silent")
+    assert job.here(monkeypatch=monkeypatch) == 0
+    assert job.completed == [True, True] and job.attempts == [1, 1]
+
+
+def test_a_row_whose_lease_ran_out_has_failed_and_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datamodels.store.disk.filesystem", lambda path: "nfs")
+    job = Job(tmp_path, plain(2), SILENT % 200, "job_too_silent")
+    assert job.here("--worker.index=1", "--worker.retries=1", monkeypatch=monkeypatch) == 1
+    assert job.attempts == [0, 2] and job.array("_rows")["state"].tolist() == [commit.PENDING, commit.FAILED]
+    assert "has not renewed its lease for 2" in job.traceback(1, 1) and "time_to_live" in job.traceback(1, 2)
+    assert not list((job.path / "claims").iterdir())
+    assert "died" not in capsys.readouterr().err
 
 
 def test_workers_at_once_never_run_a_row_twice(tmp_path):

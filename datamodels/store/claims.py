@@ -299,22 +299,33 @@ class Run:
         """`ClaimLost` unless this run holds every one of `rows`, and on a network file system within its lease."""
         self._within_lease(rows)
         for row in rows:
-            generation = self.claims.get(row)
-            if (
-                generation is None
-                or self.holder(row, generation) != self.id
-                or os.path.lexists(self.path(row, generation + 1))
-            ):
+            if not self.holds(row):
                 self.claims.pop(row, None)
                 raise ClaimLost(f"row {row}: another worker holds it now; its values are not written")
 
+    def holds(self, row: int) -> bool:
+        """Whether the row's highest claim is this run's."""
+        generation = self.claims.get(row)
+        return (
+            generation is not None
+            and self.holder(row, generation) == self.id
+            and not os.path.lexists(self.path(row, generation + 1))
+        )
+
     def _within_lease(self, rows: Sequence[int]) -> None:
-        if self.network and _now() - self._last_beat > self.time_to_live / 2:
+        silent = _now() - self._last_beat
+        if self.network and silent > self.time_to_live / 2:
             raise ClaimLost(
-                f"row {rows[0]}: this process has not renewed its lease for half of "
-                f"{self.time_to_live:g} s, so another host may have taken the row; its values are not "
-                f"written"
+                f"row {rows[0]}: this process has not renewed its lease for {silent:.0f} s, so another host may have "
+                f"taken the row; its values are not written; if main holds the interpreter's lock for so long, give a "
+                f"larger --worker.time_to_live than {self.time_to_live:g}"
             )
+
+    def _catch_up(self) -> None:
+        """Renew a lease that main has kept this process from renewing, while certainly nobody has taken its rows."""
+        if self.network and self.time_to_live / 4 < _now() - self._last_beat < self.time_to_live * 3 / 4:
+            with contextlib.suppress(OSError):
+                self._beat()
 
     @contextlib.contextmanager
     def committing(self, rows: Sequence[int]) -> Iterator[Callable[[], None]]:
@@ -329,6 +340,7 @@ class Run:
                 self.held(rows)
                 looked = _now()
 
+        self._catch_up()
         with self._commits:  # a thread of this process would share the lock's descriptor, and so the lock
             with contextlib.suppress(OSError):
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
