@@ -56,7 +56,8 @@ def run_pool(
 ) -> int:
     """Start `workers` copies, restart those that die, until no row is left; the exit code.
 
-    0: every row is complete. 1: rows are left undone, `say` tells which. 2: the workers cannot be configured.
+    0: every row is complete. 1: rows are left undone, `say` tells which. 2: the workers cannot be configured; a copy
+    that finds so after others have begun with rows, as when somebody edits the module, is left out.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -85,6 +86,12 @@ def run_pool(
                 return _report(store, say)
             for end in executor.ended():
                 if end.code in (0, GAVE_UP) and (executor.running() or not _left_behind(store)):
+                    continue
+                if end.code == 2 and judge.begun():
+                    watch.write(
+                        f"worker {end.number} cannot start any more, was a file changed? It is left out; start the "
+                        f"pool again to have it back:\n{_last_words(end)}"
+                    )
                     continue
                 if end.code == 2:
                     _stop(executor, store)
@@ -214,6 +221,10 @@ class Judge:
         lasting = time.time() - held["started"][held["state"] == commits.RUNNING]
         self._doubts = 0 if bool((lasting > longest).any()) else self._doubts + 1
         return self._doubts > 1
+
+    def begun(self) -> bool:
+        """Whether a row has been begun since the pool was: then its workers could be configured."""
+        return bool((self._store.layout.row_records()["started"] >= self._began).any())
 
     def _count(self) -> tuple[int, int, bool]:
         completed, attempts = self._store.completed(), self._store.layout.row_records()["attempts"]

@@ -208,6 +208,29 @@ def main(index):
     assert logs.count("says hello") == 100
 
 
+def test_a_module_that_is_broken_while_the_pool_runs_stops_no_worker_that_has_it(tmp_path):
+    job = Pool(tmp_path, plain(40), WORKS % 0.05)
+    process = job.start()
+    until(lambda: len(job.calls()) > 4)
+    (tmp_path / "job.py").write_text("def main(index) return")
+    os.kill(job.workers(process.pid)[0], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert (code, job.completed) == (0, [True] * 40), err
+    assert err.count("cannot start any more") == 1 and err.count("SyntaxError: ") == 2  # the traceback and the line
+    assert err.count("starting it again") == 1
+
+
+def test_a_module_that_is_broken_when_no_worker_is_left(tmp_path):
+    job = Pool(tmp_path, plain(40), WORKS % 0.05)
+    process = job.start("--pool.workers=1")
+    until(lambda: len(job.calls()) > 4)
+    (tmp_path / "job.py").write_text("def main(index) return")
+    os.kill(job.workers(process.pid)[0], signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 1 and 0 < sum(job.completed) < 40
+    assert err.count("cannot start any more") == 1 and "of 40 rows are complete" in err
+
+
 # ------------------------------------------------------------------ Ctrl-C
 
 
