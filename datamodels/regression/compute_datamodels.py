@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodels import cli
+from tqdm import tqdm
+
+from datamodels import cli, pool
 from datamodels.cli import Option
 from datamodels.errors import ConfigError
 from datamodels.regression import lasso, result
@@ -36,6 +38,12 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
         "eps": Option(float, "smallest lambda / largest lambda", default=lasso.DEFAULT_EPS),
         "tol": Option(float, "relative duality gap that the result must reach", default=lasso.DEFAULT_TOL),
         "use_bias": Option(bool, "fit a bias; false (or 0): fix it at 0", default=True),
+        "shards": Option(
+            int,
+            "fit the targets in so many parts, each a row of the store out_dir/shards that a pool fills (pool.*), and "
+            "merge them; given again, the command goes on from the parts that are done",
+            min=1,
+        ),
         "num_workers": Option(int, "threads, at most one per core; 0: one per core", default=0, min=0),
         "lr": Option(float, "learning rate", ignored=GRADIENT_STEPS),
         "batch_size": Option(int, "batch size", ignored=GRADIENT_STEPS),
@@ -51,6 +59,10 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
             int, "how often to check", ignored="every lambda is checked; see early_stopping.patience"
         ),
         "eps": Option(float, "tolerance of the inner loop", ignored="each fit ends at a duality gap; see cfg.tol"),
+    },
+    "pool": {
+        **pool.SECTIONS["pool"],
+        "workers": Option(int, "with cfg.shards: workers that share the cores; 0 means one per core", default=1, min=0),
     },
 }
 
@@ -90,6 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "use_bias": cfg["use_bias"],
         "workers": cfg["num_workers"] or None,
     }
+    given = [key for key in OPTIONS["pool"] if args.given(f"pool.{key}")]
+    if cfg["shards"] is not None:
+        from datamodels.regression import shard
+
+        settings = [f"--pool.{name}={args[f'pool.{name}']}" for name in dict.fromkeys(["workers", *given])]
+        return shard.run(Path(cfg["out_dir"]), cfg["shards"], source, options, settings)
+    if given:
+        print(f"note: pool.{given[0]} does nothing: a pool runs shards, and cfg.shards is not set", file=sys.stderr)
     compute(out_dir=Path(cfg["out_dir"]), **source, **options)
     return 0
 
@@ -134,11 +154,13 @@ def compute(
     use_bias: bool = True,
     workers: int | None = None,
     check: Callable[[Problem], object] = lambda problem: None,
+    picture: bool = True,
     **source: Any,
 ) -> Datamodel:
     """Read the problem, fit, and leave the result in out_dir; one line per step and warning goes to stderr.
 
-    `source` is what `read` takes; `check` may refuse the problem before it is fitted.
+    `source` is what `read` takes; `check` may refuse the problem before it is fitted; `picture`: whether to draw the
+    path of some targets.
     Raises RegressionError for an out_dir that holds a result, and what `read` and `fit` raise.
     """
     options: dict[str, Any] = {
@@ -149,8 +171,6 @@ def compute(
         "use_bias": use_bias,
         "workers": workers,
     }
-
-    from tqdm import tqdm
 
     result.refuse(out_dir)
     started = time.time()
@@ -165,7 +185,7 @@ def compute(
         tqdm(total=T, unit="target", desc="regression", disable=not sys.stderr.isatty()) as bar,
     ):
         warnings.simplefilter("always", lasso.RegressionWarning)
-        model = lasso.fit(problem, **options, progress=bar.update)
+        model = lasso.fit(problem, **options, progress=_Rate(bar))
     fitting = time.time() - started
     for warning in raised:
         say(f"warning: {warning.message}")
@@ -176,9 +196,37 @@ def compute(
         warnings=[str(warning.message) for warning in raised],
         seconds={"read": reading, "fit": fitting},
     )
-    result.write(out_dir, model, report)
+    result.write(out_dir, model, report, draw(model) if picture else lambda path: None)
     say(result.describe(out_dir, model, fitting))
     return model
+
+
+class _Rate:
+    """Moves the bar over the targets and says beside it how many lambdas a second were solved."""
+
+    def __init__(self, bar: Any):
+        self._bar, self._lambdas, self._started = bar, 0, time.monotonic()
+
+    def __call__(self, targets: int, lambdas: int = 0) -> None:
+        self._lambdas += lambdas
+        if self._lambdas:
+            rate = self._lambdas / max(time.monotonic() - self._started, 1e-9)
+            self._bar.set_postfix_str(f"{rate:.0f} lambdas/s", refresh=False)
+        self._bar.update(targets)
+
+
+def draw(model: Datamodel) -> Callable[[Path], None]:
+    """Draws the regularization path of some targets; what goes wrong is one line, the numbers are what counts."""
+
+    def at(path: Path) -> None:
+        try:
+            from datamodels.report import figures
+
+            figures.save(figures.regularization_path(model), path)
+        except Exception as error:
+            say(f"warning: no picture of the path: {type(error).__name__}: {error}")
+
+    return at
 
 
 def say(text: str) -> None:
