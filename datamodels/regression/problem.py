@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from datamodels.errors import RegressionError
 from datamodels.regression import memory
+from datamodels.regression.columns import (
+    BLOCK_BYTES,
+    Groups,
+    Part,
+    StoreSource,
+    Targets,
+    chunks,
+    penalties,
+    with_penalties,
+)
 
 if TYPE_CHECKING:
+    from datamodels.regression.beton import Beton
     from datamodels.store import Store
 
 # Of the rows, where nobody says num_val. On digits .1 cost .014 LDS at 500 rows, .005 at 1,000 and .001 at 4,000;
@@ -219,60 +229,131 @@ def split_rows(groups: np.ndarray, num_val: int, seed: int) -> tuple[np.ndarray,
 def problem_from_store(
     store: Store,
     *,
-    x_name: str = "masks",
+    x_name: str | Sequence[str] = "masks",
     y_name: str = "margins",
     num_train: int | None = None,
     num_val: int | None = None,
     seed: int = 0,
     target_start: int = 0,
     target_end: int = -1,
+    penalty: Mapping[str, float] | None = None,
+    offset_name: str | None = None,
 ) -> Problem:
     """Problem from the complete training rows of a store; evaluation rows are never read.
 
+    x_name: a key of masks, `choices` (the design's factors, one column per level), any other key with a number or a
+    vector per row, or several of these, whose columns then lie side by side.  penalty: {key of x_name: how strongly
+    its columns are shrunk}, 0 for not at all; 1 for those left out.  offset_name: a key of the outcomes' shape, whose
+    values are a part of the outcomes that is given.
+
     Rows are taken in ascending order. Two rows share a mask when the design says so, or, where the design
-    gives no masks, when their columns are equal. target_end=-1: to the end.
+    gives no masks or one for all, when their columns are equal. target_end=-1: to the end.
 
     Raises RegressionError for keys the store does not have, too few complete rows and a slice out of range.
     """
-    where = f"the store {store.path}"
-    for name, what in ((x_name, "x_name"), (y_name, "y_name")):
-        if name not in store.spec.schema:
-            raise RegressionError(f"{where} has no key {name!r} (data.{what}); it has {', '.join(store.spec.schema)}")
-        if len(store.spec.schema[name].shape) > 1:
-            raise RegressionError(
-                f"key {name!r} (data.{what}) has shape {store.spec.schema[name].shape} per row; the "
-                f"regression takes one number or one vector per row"
-            )
-    num_targets = int(np.prod(store.spec.schema[y_name].shape, dtype=int))
-    start, end = slice_targets(num_targets, target_start, target_end)
-
-    rows = np.flatnonzero(store.completed() & (store.design.roles == "train"))
-    count, _ = count_rows(len(rows), num_train, num_val, where)
-    rows = rows[:count]
-    fields = (store.spec.schema[x_name], store.spec.schema[y_name])
-    memory.require(
-        count * sum(int(np.prod(field.shape, dtype=int)) * field.value_dtype.itemsize for field in fields),
-        f"reading {count} rows of {x_name!r} and {y_name!r}",
-        "read fewer rows (data.num_train, data.num_val)",
-    )
-    x = store.rows(x_name, rows).reshape(count, -1)
-    y = store.rows(y_name, rows).reshape(count, -1)[:, start:end]
-    groups = np.asarray(store.design.mask_ids)[rows].copy()
-    if (groups < 0).any():
-        groups = np.where(groups < 0, groups.max() + 1 + _equal_rows(x), groups)
-    names = [f"{y_name}[{t}]" for t in range(start, end)] if store.spec.schema[y_name].shape else [y_name]
-    columns = [f"{x_name}[{j}]" for j in range(x.shape[1])] if store.spec.schema[x_name].shape else [x_name]
+    source = StoreSource(store, x_name=x_name, y_name=y_name, penalty=penalty, offset_name=offset_name)
+    start, end = slice_targets(source.targets.width, target_start, target_end)
+    count, _ = count_rows(len(source.rows), num_train, num_val, source.where)
+    source.take(count)
+    p = sum(part.width for part in source.parts)
+    T = end - start
+    shift = source.offset_dtype
+    what = f"rows of {', '.join(repr(part.key) for part in source.parts)} and {y_name!r}"
+    x, y = _allocate(count, p, T, source.x_dtype, source.y_dtype, what, T * shift.itemsize if shift else 0)
+    offset = np.empty((count, T), dtype=shift) if shift else None
+    source.targets = source.targets.part(start, end)
+    groups = Groups(source.mask_ids)
+    row_bytes = p * x.itemsize + T * y.itemsize
+    for first, last in chunks(count, row_bytes):
+        some = slice(first, last)
+        source.fill(first, last, x[some], y[some], None if offset is None else offset[some])
+        groups.add(x[some])
     return make_problem(
         x,
         y,
         num_train=num_train,
         num_val=num_val,
         seed=seed,
-        groups=groups,
-        columns=columns,
-        targets=names,
-        rows=rows,
+        groups=groups.ids(),
+        columns=[name for part in source.parts for name in part.columns()],
+        targets=source.targets.names(),
+        rows=source.rows,
+        penalty=penalties(source.parts),
+        offset=offset,
     )
+
+
+def problem_from_beton(
+    beton: Beton,
+    *,
+    num_train: int | None = None,
+    num_val: int | None = None,
+    seed: int = 0,
+    target_start: int = 0,
+    target_end: int = -1,
+    penalty: Mapping[str, float] | None = None,
+    engine: str = "numpy",
+    workers: int | None = None,
+) -> Problem:
+    """Problem from the rows of a .beton file, in its order; that of the store it was written from, to the bit.
+
+    engine: `numpy`, or `ffcv` for FFCV's own Loader, with `workers` threads.  penalty: in place of those that the file
+    names. A file without names, as the released code wrote it, has columns `mask[j]` and targets `targets[t]`, and
+    rows with equal columns are taken to share a mask.
+
+    Raises RegressionError for too few rows, a slice out of range, and a file that is damaged.
+    """
+    about: Mapping[str, Any] = {} if beton.side is None else beton.side.about
+    parts = tuple(Part.from_json(part) for part in about.get("parts", ())) or (Part("mask", beton.columns),)
+    targets = Targets(**about["targets"]) if "targets" in about else Targets("targets", beton.targets)
+    if sum(part.width for part in parts) != beton.columns or targets.width != beton.targets:
+        raise RegressionError(
+            f"{beton.path}: names of other columns than it holds; it is damaged, write it again"
+        )
+    parts = with_penalties(parts, penalty, "data")
+    start, end = slice_targets(beton.targets, target_start, target_end)
+    where = f"the file {beton.path}"
+    count, _ = count_rows(beton.samples, num_train, num_val, where)
+    x, y = _allocate(count, beton.columns, end - start, beton.x_dtype, beton.y_dtype, f"rows of {where}")
+    groups = Groups(np.full(count, -1) if beton.side is None else beton.side.groups[:count])
+
+    def take(first: int, some_x: np.ndarray, some_y: np.ndarray) -> None:
+        last = first + len(some_x)
+        x[first:last], y[first:last] = some_x, some_y[:, start:end]
+        groups.add(x[first:last])
+
+    if engine == "ffcv":
+        from datamodels.regression import ffcv_engine
+
+        ffcv_engine.read(beton, count, take, workers)
+    else:
+        for first, last in chunks(count, beton.columns * x.itemsize + beton.targets * y.itemsize):
+            take(first, *beton.read(first, last))
+    return make_problem(
+        x,
+        y,
+        num_train=num_train,
+        num_val=num_val,
+        seed=seed,
+        groups=groups.ids(),
+        columns=[name for part in parts for name in part.columns()],
+        targets=targets.part(start, end).names(),
+        rows=beton.rows[:count],
+        penalty=penalties(parts),
+    )
+
+
+def _allocate(
+    n: int, p: int, T: int, x_dtype: np.dtype, y_dtype: np.dtype, what: str, others: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Matrices (n, p) and (n, T), yet to be filled; RegressionError where they, and a block, do not fit into memory."""
+    needed = n * (p * x_dtype.itemsize + T * y_dtype.itemsize + others)
+    memory.require(
+        needed + min(needed, BLOCK_BYTES),
+        f"reading {n} {what}",
+        "read fewer rows (data.num_train, data.num_val) or fewer targets (data.target_start_ind, data.target_end_ind)",
+    )
+    return np.empty((n, p), dtype=x_dtype), np.empty((n, T), dtype=y_dtype)
 
 
 def slice_targets(num_targets: int, start: int, end: int) -> tuple[int, int]:
@@ -284,12 +365,6 @@ def slice_targets(num_targets: int, start: int, end: int) -> tuple[int, int]:
             f"0 <= target_start_ind < target_end_ind <= {num_targets} is needed (-1: to the end)"
         )
     return start, stop
-
-
-def _equal_rows(x: np.ndarray) -> np.ndarray:
-    """(n,), the same number for rows with the same bytes."""
-    digests = [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in x]
-    return np.unique(digests, return_inverse=True)[1].reshape(-1)
 
 
 def _refuse_nonfinite(values: np.ndarray, rows: np.ndarray, names: Sequence[str], what: str) -> None:
