@@ -31,6 +31,8 @@ from datamodels.store.disk import PosixDisk, filesystem
 SPEC_FILE, MARKER = "spec.json", "spec.json.partial"
 _FOLDERS = ("claims", "runs", "workers")
 _READ_BYTES, _READ_ROWS = 1 << 26, 1 << 14
+_LOOKS, _LOOK_SECONDS = 3, 0.05  # at a row that is being replaced
+_REPLACED = "is being replaced; read it again in a moment (one that was cut short is finished when the store is opened)"
 _SIDE = re.compile(r"\.?([0-9]+)(\.[0-9]+\.partial)?")  # a journal, or one that was not finished
 
 
@@ -242,20 +244,17 @@ class Store:
         or whose bytes are not what was committed.
         """
         field = self.field(key)
-        flags = np.frombuffer(self.layout.read(COMPLETED_FILE, 0, self.num_models, 1), "u1")
-        if flags.max() > 1:
-            row = int(np.argmax(flags > 1))
-            flag = f"its completed flag is {flags[row]}, neither 0 nor 1"
-            raise StoreError(f"{self.path}: row {row}: {flag}; run it again")
-        completed = flags == 1
+        completed = self._settled_flags()
         if rows is None and not field.required:
             completed &= self.layout.records(key)["status"] == commits.VALID
         wanted = np.flatnonzero(completed) if rows is None else self._indices(rows)
         missing = wanted[~completed[wanted]]
         if len(missing):
+            row, asked = int(missing[0]), f"({len(missing)} of the {len(wanted)} rows asked for)"
+            if self._replacing(row):
+                raise StoreError(f"{self.path}: row {row} {_REPLACED} {asked}")
             raise StoreError(
-                f"{self.path}: row {missing[0]} is not complete ({len(missing)} of the {len(wanted)} rows "
-                f"asked for); run the workers, or ask for complete rows only"
+                f"{self.path}: row {row} is not complete {asked}; run the workers, or ask for complete rows only"
             )
         distinct, position = np.unique(wanted, return_inverse=True)
         out = np.empty((len(distinct), *field.shape), field.value_dtype)
@@ -278,16 +277,51 @@ class Store:
         return np.array([check_index(row, self.num_models) for row in listed], dtype=np.int64)
 
     def _checked(self, field: Field, rows: list[int]) -> np.ndarray:
-        blobs = self.blobs(field, rows)
-        found = commits.first_problem(self.layout.records(field.name, rows), field.name, rows, blobs)
-        if found:
-            row, problem = found
-            raise StoreError(
-                f"{self.path}: row {row}, {field.name!r}: {problem}; run it again with "
-                f"--worker.index={row} --worker.do_if_complete"
-            )
+        blobs, records = self.blobs(field, rows), self.layout.records(field.name, rows).copy()
+        while found := commits.first_problem(records, field.name, rows, blobs):
+            row, place = found[0], rows.index(found[0])
+            records[place], blobs[place], problem = self.reread(field, row)
+            if problem:
+                again = f"; run it again with --worker.index={row} --worker.do_if_complete"
+                raise StoreError(
+                    f"{self.path}: row {row}, {field.name!r}: {problem}{'' if problem == _REPLACED else again}"
+                )
         stored = np.frombuffer(b"".join(blobs), field.disk_dtype).reshape(len(rows), *field.disk_shape)
         return field.decode(stored)
+
+    def _settled_flags(self) -> np.ndarray:
+        """Which rows are complete; a row that is being replaced is waited for, but not for long."""
+        for _ in range(_LOOKS):
+            before = commits.journals(self.layout)
+            flags = np.frombuffer(self.layout.read(COMPLETED_FILE, 0, self.num_models, 1), "u1")
+            if flags.max() > 1:
+                row = int(np.argmax(flags > 1))
+                flag = f"its completed flag is {flags[row]}, neither 0 nor 1"
+                raise StoreError(f"{self.path}: row {row}: {flag}; run it again")
+            if not any(flags[row] == 0 for row in {*before, *commits.journals(self.layout)}):
+                break
+            time.sleep(_LOOK_SECONDS)
+        completed: np.ndarray = flags == 1
+        return completed
+
+    def reread(self, field: Field, row: int) -> tuple[np.void, memoryview, str | None]:
+        """Record and bytes of a complete row that did not agree, read again, and what is wrong with them, or None.
+
+        While a row is replaced, a reader may find the old one's record with the new one's bytes.
+        """
+        for _ in range(_LOOKS):
+            if self.disk.network or self._replacing(row) or not self.layout.completed([row])[0]:
+                time.sleep(_LOOK_SECONDS)
+            record, blob = self.layout.records(field.name, [row])[0], self.blobs(field, [row])[0]
+            problem = commits.problem(record, field.name, row, blob)
+            if problem is None:
+                break
+        if problem is not None and (self._replacing(row) or not self.layout.completed([row])[0]):
+            problem = _REPLACED
+        return record, blob, problem
+
+    def _replacing(self, row: int) -> bool:
+        return os.path.lexists(self.path / commits.JOURNAL / str(row))
 
     def blobs(self, field: Field, rows: list[int]) -> list[memoryview]:
         """The bytes of `rows`, ascending, as they stand on disk; unchecked."""

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -785,6 +786,63 @@ def test_a_replacement_that_was_interrupted_is_finished_on_open(store):
         check(other, 1, 1)
         assert os.listdir(store.path / "_replace") == [] and list(verify(other)) == []
         assert not [name for name in os.listdir(store.path / "claims") if name.startswith("1.")]
+
+
+def test_a_row_is_read_whole_while_it_is_being_replaced(tmp_path):
+    """What a reader sees of the old row and of the new one, at the same time, is not taken for damage."""
+    spec = {"num_models": 3, "schema": {"x": {"shape": [100_000], "dtype": "int32"}}}
+    with Store.create(tmp_path / "store", spec, sync=False) as writer, Store.open(tmp_path / "store") as reader:
+        writer.commit_many([0, 1, 2], {"x": np.zeros((3, 100_000), np.int32)})
+        stop, error = threading.Event(), []
+
+        def replace():
+            version = 0
+            while not stop.wait(0.02):
+                version += 1
+                writer.commit_many([1], {"x": np.full((1, 100_000), version, np.int32)}, replace=True)
+
+        thread = threading.Thread(target=replace)
+        thread.start()
+        seen = set()
+        try:
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                got = reader.rows("x")
+                assert got.shape == (3, 100_000)
+                assert (got == got[:, :1]).all() and not got[[0, 2]].any()
+                seen.add(int(got[1, 0]))
+                assert int(reader.rows("x", [1])[0, 0]) >= max(seen)
+                assert list(verify(reader)) == []
+        except StoreError as damage:
+            error.append(damage)
+        finally:
+            stop.set()
+            thread.join()
+        assert not error and len(seen) > 5
+
+
+@pytest.mark.parametrize("phase", ["the bytes are new", "the flag is off", "the flag is off, all along"])
+def test_a_replacement_that_takes_long_is_named_as_what_it_is(store, monkeypatch, phase):
+    commit(store, [0, 1])
+    blobs = store.encode(1, values(1, 1))
+    commits.write_journal(store.layout, 1, blobs, commits.RowInfo(2, 0.0, 0), store.run.id)
+    if phase == "the bytes are new":
+        store.layout.write("margins.npy", [1], [blobs["margins"]], lambda: None)
+    else:
+        store.layout.write(commits.COMPLETED_FILE, [1], [b"\0"], lambda: None)
+    if phase.endswith("all along"):
+        assert store.rows("margins").shape == (1, 5)
+        with pytest.raises(StoreError, match="row 1 is being replaced; read it again in a moment"):
+            store.rows("margins", [0, 1])
+        assert list(verify(store)) == []
+        return
+    if phase == "the bytes are new":
+        with pytest.raises(StoreError, match="row 1, 'margins': is being replaced; read it again"):
+            store.rows("margins", [0, 1])
+        assert [(p.row, p.what[:17]) for p in verify(store)] == [(1, "is being replaced")]
+    monkeypatch.setattr(store_module, "_LOOK_SECONDS", 0.5)  # the machine may have other things to do
+    threading.Timer(0.1, commits.apply_journal, (store.layout, 1)).start()
+    assert (store.rows("margins")[1] == values(1, 1)["margins"]).all()
 
 
 def test_a_journal_left_behind_does_not_undo_a_later_commit(store):
