@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from datamodels.evaluation.lds import Score
+    from datamodels.regression import Datamodel, RegularizationPath
 
 # Okabe and Ito's blue and vermilion: told apart with every common colour blindness, and in grey by the dashes.
 HELPS, HURTS, INK, FAINT = "#0072B2", "#D55E00", "#222222", "#6b6b6b"
@@ -236,6 +237,127 @@ def lds_curve(
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     return figure
+
+
+def spread_targets(model: Datamodel, count: int = 5) -> np.ndarray:
+    """Targets that have a path, (count,) at most, from the worst predicted to the best.
+
+    Where there are more they stand at equally spaced quantiles of the validation R², so that neither end is an outlier:
+    of five, at 10, 30, 50, 70 and 90 %.
+    """
+    if count < 1:
+        raise DatamodelsError(f"picture: expected at least one target, got {count}")
+    if model.path is None:
+        raise DatamodelsError("picture: this datamodel holds no path; load it by the folder of its fit")
+    drawn = np.flatnonzero((_on_path(model.path).sum(axis=0) > 0) & np.isfinite(model.r2_val))
+    if len(drawn) == 0:
+        raise DatamodelsError("picture: no target has a path: all of them are constant")
+    order = drawn[np.argsort(model.r2_val[drawn], kind="stable")]
+    count = min(count, len(order))
+    return order[((np.arange(count) + 0.5) / count * len(order)).astype(int)]
+
+
+def regularization_path(model: Datamodel, *, targets: int | Sequence[int] | np.ndarray = 5) -> Figure:
+    """Validation error and number of non-zeros of some targets against lambda, with the lambda that was chosen.
+
+    `targets`: which, or how many `spread_targets` shall pick. Errors are divided by the error at the largest lambda, at
+    which no column takes part, so that targets of any size can be compared. Save the figure with `save`.
+
+    Raises DatamodelsError if the model holds no path, or a target has none.
+    """
+    chosen = spread_targets(model, int(targets)) if isinstance(targets, int | np.integer) else np.asarray(targets)
+    path, T = model.path, len(model.targets)
+    if path is None:
+        raise DatamodelsError("picture: this datamodel holds no path; load it by the folder of its fit")
+    if chosen.ndim != 1 or len(chosen) == 0 or chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= T:
+        raise DatamodelsError(f"picture: expected targets as ints in [0, {T}), got {chosen.tolist()}")
+    there = _on_path(path)
+    for t in chosen[there[:, chosen].sum(axis=0) == 0]:
+        raise DatamodelsError(f"picture: target {model.targets[t]!r} is constant and has no path")
+
+    width, height, left, right, legend = 7.3, 4.9, 0.85, 5.05, 5.4  # inches
+    step = min(0.42, 3.4 / len(chosen))  # of the legend
+
+    with _style():
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+        figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, facecolor="white")
+        title = "Along the regularization path"
+        figure.text(left / width, 1 - 0.3 / height, title, size=12.5, weight="bold", color=INK)
+        if len(chosen) == T:
+            line = "the only target" if T == 1 else f"all {T} targets"
+        else:
+            line = f"{len(chosen)} of {T:,} targets, from badly to well predicted"
+        figure.text(
+            left / width, 1 - 0.52 / height, f"{line}; a dot is the λ with the smallest error",
+            size=9, color=FAINT,
+        )  # fmt: skip
+        boxes = [(2.62, 1.62), (0.55, 1.75)]  # bottom and height of both panels
+        errors, counts = (
+            figure.add_axes((left / width, bottom / height, (right - left) / width, tall / height))
+            for bottom, tall in boxes
+        )
+        # Light to dark as R2 grows: an order that is seen in grey and with every colour blindness.
+        colours = colormaps["viridis_r"](np.linspace(0.2, 1, len(chosen)) if len(chosen) > 1 else [0.75])
+        highest = 1.0
+        for place, (t, colour) in enumerate(zip(chosen, colours, strict=True)):
+            on = there[:, t]
+            lam, mse, nnz = path.lam[on, t], path.val_mse[on, t], path.nnz[on, t]
+            error = mse / mse[0] if mse[0] > 0 else mse
+            at = int(np.argmin(np.abs(np.log(lam) - np.log(max(float(model.lam[t]), 1e-300)))))
+            for axes, y in ((errors, error), (counts, nnz)):
+                axes.plot(lam, y, color=colour, linewidth=1.6, zorder=2 + place, marker="." if len(lam) == 1 else None)
+                axes.plot(lam[at], y[at], "o", color=colour, markersize=7, markeredgecolor="white",
+                          markeredgewidth=1.2, zorder=20 + place, clip_on=False)  # fmt: skip
+            highest = max(highest, error.max())
+            y = 1 - (0.95 + step * place) / height  # as the lines stand: the best predicted below
+            figure.add_artist(
+                Line2D([legend / width, (legend + 0.26) / width], [y + 0.05 / height] * 2, color=colour, linewidth=2.2)
+            )
+            name = model.targets[t] if len(model.targets[t]) <= 18 else model.targets[t][:17] + "…"
+            words = f"R² {model.r2_val[t]:.2f}, {int(nnz[at]):,} non-zero{'' if nnz[at] == 1 else 's'}"
+            if step > 0.3:
+                figure.text((legend + 0.36) / width, y, name, size=9, color=INK, parse_math=False)
+                figure.text((legend + 0.36) / width, y - 0.15 / height, words, size=7.5, color=FAINT)
+            else:
+                figure.text((legend + 0.36) / width, y, name, size=7.5, color=INK, parse_math=False)
+        errors.set_ylim(None, min(highest * 1.04, 1.6))
+        counts.set_yscale("symlog", linthresh=1, linscale=0.4)
+        counts.set_ylim(0, None)
+        most = int(max(path.nnz[:, chosen].max(), 1))
+        decades = [0, *(10**power for power in range(len(str(most)) + (most > 5 * 10 ** (len(str(most)) - 1))))]
+        counts.set_yticks(decades, [f"{tick:,}" for tick in decades])
+        counts.minorticks_off()
+        for axes in (errors, counts):
+            axes.set_xscale("log")
+            axes.invert_xaxis()
+            axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+            axes.set_axisbelow(True)
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        reach = np.nanmax(path.lam[:, chosen]) / np.nanmin(path.lam[:, chosen])
+        if reach < 100:  # too few powers of ten to read a curve by
+            plain = FuncFormatter(lambda value, place: f"{value:g}")
+            counts.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if reach > 4 else MaxNLocator(4))
+            counts.xaxis.set_major_formatter(plain)
+            counts.xaxis.set_minor_formatter(NullFormatter())
+        errors.sharex(counts)
+        errors.tick_params(which="both", labelbottom=False)
+        errors.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        for axes in (errors, counts):
+            axes.yaxis.set_label_coords(-0.5 / (right - left), 0.5)
+        errors.set_ylabel("validation error\n(1: at the largest \N{GREEK SMALL LETTER LAMDA})", color=INK)
+        counts.set_ylabel("non-zero weights", color=INK)
+        counts.set_xlabel("λ, falling along the path", color=INK)
+    return figure
+
+
+def _on_path(path: RegularizationPath) -> np.ndarray:
+    """(k, T): which lambdas each target's path had."""
+    return np.isfinite(path.lam) & np.isfinite(path.val_mse) & (path.lam > 0)
 
 
 def save(figure: Figure, path: str | Path) -> Path:
