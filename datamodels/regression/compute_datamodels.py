@@ -1,4 +1,4 @@
-"""Fit datamodels to a store: python -m datamodels.regression.compute_datamodels -C regression/digits.yaml"""
+"""Fit datamodels, from a store or a .beton file: python -m datamodels.regression.compute_datamodels -C FILE"""
 
 from __future__ import annotations
 
@@ -13,19 +13,35 @@ from tqdm import tqdm
 
 from datamodels import cli, pool
 from datamodels.cli import Option
-from datamodels.errors import ConfigError
+from datamodels.errors import ConfigError, RegressionError
 from datamodels.regression import lasso, result
+from datamodels.regression.beton import Beton
 from datamodels.regression.datamodel import Datamodel
-from datamodels.regression.problem import Problem, problem_from_store
+from datamodels.regression.problem import Problem, problem_from_beton, problem_from_store
 
 GRADIENT_STEPS = "the solver is exact coordinate descent; it takes no gradient steps"
 
 OPTIONS: Mapping[str, Mapping[str, Option]] = {
     "data": {
         "logdir": Option(str, "the store to read"),
-        "data_path": Option(str, "a .beton file; this version reads a store instead, see data.logdir"),
-        "x_name": Option(str, "key of the columns: masks, or any number or vector per row", default="masks"),
-        "y_name": Option(str, "key of the outcomes", default="margins"),
+        "data_path": Option(str, "the .beton file to read in place of a store; see regression.write_dataset"),
+        "engine": Option(
+            str,
+            "what reads a .beton file: numpy, or FFCV's own Loader; auto is numpy",
+            default="auto",
+            choices=["auto", "numpy", "ffcv"],
+        ),
+        "x_name": Option(
+            list,
+            "keys of the columns, side by side: masks, choices (the design's factors, one column per level), or any "
+            "number or vector per row; left out: masks, or what the file holds",
+        ),
+        "y_name": Option(str, "key of the outcomes; left out: margins, or what the file holds"),
+        "offset_name": Option(str, "key of a part of the outcomes that is given and not fitted, of their shape"),
+        "penalty": Option(
+            dict,
+            "how strongly a key's columns are shrunk, 0 for not at all; 1, or what the file says, for keys left out",
+        ),
         "num_train": Option(int, "rows that fit the path; left out: all complete rows but num_val", min=2),
         "num_val": Option(int, "rows that choose the lambda; left out: a fifth of the rows", min=1),
         "seed": Option(int, "draws which rows validate", default=0, min=0),
@@ -44,6 +60,13 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
             "merge them; given again, the command goes on from the parts that are done",
             min=1,
         ),
+        "solver": Option(
+            str,
+            "auto chooses by the problem's shape; gpu and fast_l1 need CUDA",
+            default="auto",
+            choices=["auto", "cpu", "gpu", "fast_l1"],
+        ),
+        "device": Option(str, "where the gpu solver runs, in torch's words; left out: cuda"),
         "num_workers": Option(int, "threads, at most one per core; 0: one per core", default=0, min=0),
         "lr": Option(float, "learning rate", ignored=GRADIENT_STEPS),
         "batch_size": Option(int, "batch size", ignored=GRADIENT_STEPS),
@@ -70,24 +93,29 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse(
         "python -m datamodels.regression.compute_datamodels",
-        "Fit sparse linear datamodels from the training rows of a store.",
+        "Fit sparse linear datamodels from the training rows of a store or of a .beton file.",
         OPTIONS,
         argv,
     )
     data, cfg = args.section("data"), args.section("cfg")
-    if data["logdir"] is None:
-        if data["data_path"] is not None:
-            raise ConfigError(
-                f"data.data_path={data['data_path']}: .beton files cannot be read yet; "
-                f"name the store that it was written from with --data.logdir"
-            )
-        raise ConfigError("data.logdir is missing: the store to read")
-    if data["data_path"] is not None:
+    if data["logdir"] is None and data["data_path"] is None:
+        raise ConfigError("data.logdir is missing: the store to read (or data.data_path, a .beton file)")
+    if data["logdir"] is not None and data["data_path"] is not None:
         print("note: data.data_path is not read, because data.logdir is given", file=sys.stderr)
+        data["data_path"] = None
+    if data["logdir"] is not None and data["engine"] == "ffcv":
+        raise ConfigError(
+            "data.engine=ffcv: FFCV reads .beton files and no stores; leave it out, or write a file with python -m "
+            "datamodels.regression.write_dataset and name it with --data.data_path in place of --data.logdir"
+        )
+    paths = {key: Path(data[key]) for key in ("logdir", "data_path") if data[key] is not None}
     source = {
-        "logdir": Path(data["logdir"]),
+        **paths,
+        "engine": data["engine"],
         "x_name": data["x_name"],
         "y_name": data["y_name"],
+        "offset_name": data["offset_name"],
+        "penalty": data["penalty"],
         "num_train": data["num_train"],
         "num_val": data["num_val"],
         "seed": data["seed"],
@@ -101,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "patience": args["early_stopping.patience"],
         "use_bias": cfg["use_bias"],
         "workers": cfg["num_workers"] or None,
+        "solver": cfg["solver"],
+        "device": cfg["device"],
     }
     given = [key for key in OPTIONS["pool"] if args.given(f"pool.{key}")]
     if cfg["shards"] is not None:
@@ -116,29 +146,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def read(
     *,
-    logdir: Path,
-    x_name: str = "masks",
-    y_name: str = "margins",
-    num_train: int | None = None,
-    num_val: int | None = None,
-    seed: int = 0,
-    target_start: int = 0,
-    target_end: int = -1,
+    logdir: Path | None = None,
+    data_path: Path | None = None,
+    engine: str = "auto",
+    x_name: str | Sequence[str] | None = None,
+    y_name: str | None = None,
+    **chosen: Any,
 ) -> tuple[Problem, str]:
-    """The problem that a configuration names, and a few words on the rows that it was taken from."""
+    """The problem that a configuration names, and a few words on the rows that it was taken from.
+
+    logdir: a store.  data_path: a .beton file, read by `engine`.  chosen: what problem_from_store and
+    problem_from_beton both take.
+    """
+    if data_path is not None:
+        with Beton(data_path) as beton:
+            problem = problem_from_beton(beton, x_name=x_name, y_name=y_name, engine=engine, **chosen)
+            return problem, f"of {beton.samples} in {data_path}"
+    if logdir is None:
+        raise RegressionError("neither logdir nor data_path: name the store or the .beton file to read")
     from datamodels.store import Store
 
     with Store.open(logdir) as store:
-        problem = problem_from_store(
-            store,
-            x_name=x_name,
-            y_name=y_name,
-            num_train=num_train,
-            num_val=num_val,
-            seed=seed,
-            target_start=target_start,
-            target_end=target_end,
-        )
+        problem = problem_from_store(store, x_name=x_name or "masks", y_name=y_name or "margins", **chosen)
         training = store.design.roles == "train"
         complete, planned = int((store.completed() & training).sum()), int(training.sum())
     return problem, f"of {complete} complete and {planned} planned training rows"
@@ -153,6 +182,8 @@ def compute(
     patience: int = lasso.DEFAULT_PATIENCE,
     use_bias: bool = True,
     workers: int | None = None,
+    solver: str = "auto",
+    device: str | None = None,
     check: Callable[[Problem], object] = lambda problem: None,
     picture: bool = True,
     **source: Any,
@@ -171,6 +202,8 @@ def compute(
         "use_bias": use_bias,
         "workers": workers,
     }
+    options |= {"solver": solver} if solver != "auto" else {}
+    options |= {"device": device} if device is not None else {}
 
     result.refuse(out_dir)
     started = time.time()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from datamodels.regression.columns import (
     Targets,
     chunks,
     penalties,
+    split_names,
     with_penalties,
 )
 
@@ -292,24 +293,21 @@ def problem_from_beton(
     target_start: int = 0,
     target_end: int = -1,
     penalty: Mapping[str, float] | None = None,
+    x_name: str | Sequence[str] | None = None,
+    y_name: str | None = None,
+    offset_name: str | None = None,
     engine: str = "numpy",
     workers: int | None = None,
 ) -> Problem:
     """Problem from the rows of a .beton file, in its order; that of the store it was written from, to the bit.
 
     engine: `numpy`, or `ffcv` for FFCV's own Loader, with `workers` threads.  penalty: in place of those that the file
-    names. A file without names, as the released code wrote it, has columns `mask[j]` and targets `targets[t]`, and
-    rows with equal columns are taken to share a mask.
+    names.  x_name, y_name, offset_name: None, or what must have been written. A file that has no names, as the released
+    code wrote it, takes these, and in it rows with equal columns are taken to share a mask.
 
-    Raises RegressionError for too few rows, a slice out of range, and a file that is damaged.
+    Raises RegressionError for too few rows, a slice out of range, another file than was asked for, and a damaged one.
     """
-    about: Mapping[str, Any] = {} if beton.side is None else beton.side.about
-    parts = tuple(Part.from_json(part) for part in about.get("parts", ())) or (Part("mask", beton.columns),)
-    targets = Targets(**about["targets"]) if "targets" in about else Targets("targets", beton.targets)
-    if sum(part.width for part in parts) != beton.columns or targets.width != beton.targets:
-        raise RegressionError(
-            f"{beton.path}: names of other columns than it holds; it is damaged, write it again"
-        )
+    parts, targets = _names(beton, x_name, y_name, offset_name)
     parts = with_penalties(parts, penalty, "data")
     start, end = slice_targets(beton.targets, target_start, target_end)
     where = f"the file {beton.path}"
@@ -341,6 +339,36 @@ def problem_from_beton(
         rows=beton.rows[:count],
         penalty=penalties(parts),
     )
+
+
+def _names(
+    beton: Beton, x_name: str | Sequence[str] | None, y_name: str | None, offset_name: str | None
+) -> tuple[tuple[Part, ...], Targets]:
+    """What the columns and targets of a file are called; RegressionError if that is not what was asked for."""
+    asked = None if x_name is None else split_names(x_name, "data")
+    if beton.side is None:
+        if offset_name is not None or (asked is not None and len(asked) > 1):
+            raise RegressionError(
+                f"{beton.path}: does not say what its columns are, so neither several keys (data.x_name) nor an "
+                f"offset (data.offset_name) can be told apart in it; write it again, or name the store (data.logdir)"
+            )
+        return (Part(asked[0] if asked else "mask", beton.columns),), Targets(y_name or "targets", beton.targets)
+    about = beton.side.about
+    parts, targets = tuple(Part.from_json(part) for part in about["parts"]), Targets(**about["targets"])
+    for option, wanted, held in (
+        ("x_name", asked, tuple(part.key for part in parts)),
+        ("y_name", y_name, targets.key),
+        ("offset_name", offset_name, about["offset"]),
+    ):
+        if wanted is not None and wanted != held:
+            told = [value if isinstance(value, str) else ",".join(value or ["none"]) for value in (held, wanted)]
+            raise RegressionError(
+                f"{beton.path}: was written with {option} {told[0]}, and data.{option} asks for {told[1]}; leave it "
+                f"out, or write another file with --cfg.{option}={told[1]}"
+            )
+    if sum(part.width for part in parts) != beton.columns or targets.width != beton.targets:
+        raise RegressionError(f"{beton.path}: names other columns than it holds; it is damaged, write it again")
+    return parts, targets
 
 
 def _allocate(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datamodels.errors import ConfigError, RegressionError
-from datamodels.regression import Datamodel, RegressionWarning, fit, problem_from_store, result
+from datamodels.regression import Datamodel, RegressionWarning, fit, problem_from_store, result, write_dataset
 from datamodels.regression.compute_datamodels import main
 from datamodels.store import Store
 
@@ -111,12 +111,57 @@ def test_target_slice_and_bias(logdir, tmp_path):
     assert (model.about["num_train"], model.about["num_val"]) == (160, 40)
 
 
-def test_a_beton_file_is_for_later(tmp_path):
+@pytest.fixture(scope="module")
+def beton(logdir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("beton") / "reg_data.beton"
+    write_dataset.main([f"--cfg.data_dir={logdir}", f"--cfg.out_path={path}", "--cfg.y_name=margins"])
+    return path
+
+
+def test_the_released_config_reads_a_beton_file(logdir, beton, tmp_path):
+    """Every number is the same as from the store."""
     (tmp_path / "config.yml").write_text(RELEASED)
-    with pytest.raises(ConfigError, match=r"reg_data.beton: .beton files cannot be read yet; .*--data.logdir"):
+    slices = ["--data.num_train=150", "--data.num_val=40", "--data.target_start_ind=1", "--data.target_end_ind=3"]
+    for out, data in (("file", f"--data.data_path={beton}"), ("store", f"--data.logdir={logdir}")):
+        main(["-C", str(tmp_path / "config.yml"), data, *slices, f"--cfg.out_dir={tmp_path / out}"])
+    files = sorted(path.relative_to(tmp_path / "file") for path in (tmp_path / "file").rglob("*.npy"))
+    assert len(files) == 11
+    for name in files:
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "store" / name).read_bytes()
+    models = [Datamodel.load(tmp_path / out / "datamodels.pt") for out in ("file", "store")]
+    assert models[0].targets == models[1].targets == ("margins[1]", "margins[2]")
+    assert models[0].columns == models[1].columns
+    reports = [json.loads((tmp_path / out / "regression.json").read_text()) for out in ("file", "store")]
+    assert reports[0]["rows"] == reports[1]["rows"]
+    assert reports[0]["config"]["data_path"] == str(beton)
+
+
+def test_shards_of_a_beton_file(beton, tmp_path):
+    main([f"--data.data_path={beton}", f"--cfg.out_dir={tmp_path / 'whole'}"])
+    main([f"--data.data_path={beton}", f"--cfg.out_dir={tmp_path / 'parts'}", "--cfg.shards=2"])
+    for name in ("weight", "bias", "lam", "gap"):
+        arrays = [np.load(tmp_path / out / "final_lambda" / f"{name}.npy") for out in ("whole", "parts")]
+        np.testing.assert_array_equal(*arrays)
+
+
+def test_where_the_data_come_from(logdir, beton, tmp_path, capsys):
+    (tmp_path / "config.yml").write_text(RELEASED)
+    with pytest.raises(RegressionError, match=r"reg_data.beton: cannot be read: No such file"):
         main(["-C", str(tmp_path / "config.yml")])
-    with pytest.raises(ConfigError, match="data.logdir is missing"):
-        main(["--cfg.out_dir=x"])
+    out = f"--cfg.out_dir={tmp_path / 'out'}"
+    with pytest.raises(ConfigError, match=r"data.logdir is missing: the store to read \(or data.data_path"):
+        main([out])
+    with pytest.raises(ConfigError, match="FFCV reads .beton files and no stores"):
+        main([out, f"--data.logdir={logdir}", "--data.engine=ffcv"])
+    for option, message in (
+        ("x_name=choices", r"was written with x_name masks, and data.x_name asks for choices"),
+        ("y_name=loss", r"was written with y_name margins, and data.y_name asks for loss"),
+        ("offset_name=loss", r"was written with offset_name none, and data.offset_name asks for loss"),
+        ("penalty=choices=0", r"data.penalty: 'choices' is not among the columns; data.x_name has masks"),
+    ):
+        with pytest.raises(RegressionError, match=message):
+            main([out, f"--data.data_path={beton}", f"--data.{option}"])
+    assert os.listdir(tmp_path) == ["config.yml"]
 
 
 def test_a_result_is_never_overwritten(logdir, tmp_path, capsys):
