@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from datamodels.errors import ClaimLost, StoreError
 TIME_TO_LIVE = 120.0
 """Seconds without a heartbeat after which another host may take a row."""
 
-_LOOK_AGAIN = 1.0  # seconds between two looks at all claims of a commit; its lease is checked before every write
+_LOOK_AGAIN = 1.0
+"""Seconds between two looks at all claims of a commit (its lease is checked before every write), or at a living run."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class Process:
 
 
 def boot_identity() -> str:
+    return _boot_identity(os.getpid())  # a child can have process ids of its own
+
+
+@lru_cache(maxsize=1)
+def _boot_identity(pid: int) -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -95,6 +102,7 @@ class Run:
         self._claims = str(folder / "claims")
         self._seen: dict[str, tuple[Any, float]] = {}  # run elsewhere -> (last beat, when it was first seen)
         self._moving: set[str] = set()
+        self._lived: dict[str, tuple[float, dict[str, Any] | None]] = {}  # run not ended -> when seen, its record
         self._mutex = threading.RLock()
         self._record = {
             "run": self.id,
@@ -265,10 +273,17 @@ class Run:
         return ended(self.record(holder))
 
     def _gone(self, holder: str) -> bool:
-        """Whether a run has ended: known at once on this host, by its heartbeat standing still elsewhere."""
+        """Whether a run has ended: known at once on this host, by its heartbeat standing still elsewhere.
+
+        The record of one that lived is not read again within a second: at the end of a large store it holds many rows.
+        """
+        looked, record = self._lived.get(holder, (-_LOOK_AGAIN, None))
+        if time.monotonic() - looked < min(_LOOK_AGAIN, self.time_to_live / 12):
+            return _alive(record) is False
         record = self.record(holder)
         if ended(record):
             return True
+        self._lived[holder] = (time.monotonic(), record)
         if _alive(record):
             return False
         beat = None if record is None else record.get("beat")
@@ -277,7 +292,10 @@ class Run:
             self._seen[holder] = (beat, time.monotonic())
             self._moving.add(holder)
             return False
-        return time.monotonic() - since > self.time_to_live
+        gone = time.monotonic() - since > self.time_to_live
+        if gone:
+            del self._lived[holder]
+        return gone
 
     def record(self, run: str) -> dict[str, Any] | None:
         return run_record(self.folder, run)

@@ -300,6 +300,22 @@ def test_a_holder_elsewhere_is_gone_when_its_heartbeat_stands_still(path):
         assert near.rows("x").tolist() == [7, 6]
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_holder_of_many_rows_is_asked_once_in_a_while(path, monkeypatch, elsewhere):
+    """The last worker but one holds a batch, and the last one asks for every row of it."""
+    with Store.open(path) as far, Store.open(path) as near:
+        assert all(far.run.take(row) for row in range(500))
+        if elsewhere:
+            seem_elsewhere(path, far.run.id)
+        assert not near.run.take(0)  # which looks at the locks, too, the first time
+        time.sleep(1.01)
+        read, real = [], claims.run_record
+        monkeypatch.setattr(claims, "run_record", lambda *which: read.append(which) or real(*which))
+        start = time.monotonic()
+        assert not any(near.run.take(row) for row in range(500))
+        assert 1 <= len(read) <= 1 + time.monotonic() - start
+
+
 def test_a_holder_elsewhere_that_moves_is_never_taken_over(path):
     with Store.open(path, time_to_live=1000) as far, Store.open(path, time_to_live=0.3) as near:
         assert far.run.take(1)
