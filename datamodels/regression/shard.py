@@ -52,7 +52,7 @@ KEYS = {
     "workers": "cfg.num_workers",
 }
 # What may change between two shards of one fit: no number of the result depends on it.
-FREE = ("workers",)
+FREE = ("workers", "device")
 
 
 PATHS = ("logdir", "data_path")
