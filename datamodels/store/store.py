@@ -11,6 +11,7 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -543,7 +544,7 @@ class Store:
 
 
 def _twice(numbers: list[int]) -> int:
-    return next(n for n in numbers if numbers.count(n) > 1)
+    return next(n for n, times in Counter(numbers).items() if times > 1)
 
 
 def _files(spec: Spec) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:

@@ -249,6 +249,15 @@ def test_rows_that_are_no_list_of_rows(store):
     store.commit_many([], {"margins": []})
 
 
+def test_that_a_row_stands_twice_is_found_at_once(tmp_path):
+    spec = {"num_models": 20_000, "schema": {"x": {"shape": [], "dtype": "int8"}}}
+    with Store.create(tmp_path / "store", spec, sync=False) as store:
+        rows, started = [*range(20_000), 19_999], time.perf_counter()
+        with pytest.raises(RowError, match="rows: 19999 stands twice"):
+            store.commit_many(rows, {"x": np.zeros(20_001)})
+        assert time.perf_counter() - started < 1
+
+
 def test_a_row_that_another_holds_is_refused(store):
     with Store.open(store.path) as other:
         assert other.run.take(2)
