@@ -20,7 +20,7 @@ from datamodels.errors import DatamodelsError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from datamodels.evaluation.lds import Score
+    from datamodels.evaluation import Score
     from datamodels.regression import Datamodel, RegularizationPath
 
 # Okabe and Ito's blue and vermilion: told apart with every common colour blindness, and in grey by the dashes.

@@ -59,7 +59,7 @@ def score(store_path: Path, result: Path, sizes: Sequence[int]) -> dict:
     """LDS with its interval against the number of training rows, beside the noise ceiling."""
     from tqdm import tqdm
 
-    from datamodels.evaluation.lds import lds_of_store
+    from datamodels.evaluation import lds_of_store
     from datamodels.regression import Datamodel, RegressionWarning, fit, problem_from_store
     from datamodels.store import Store
 

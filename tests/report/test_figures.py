@@ -65,7 +65,7 @@ def test_the_title_says_what_it_is_and_the_score():
 
 
 def test_the_score_may_be_what_the_evaluation_returns():
-    from datamodels.evaluation.lds import lds
+    from datamodels.evaluation import lds
 
     rng = np.random.default_rng(0)
     outcomes = rng.normal(size=(20, 6))

@@ -1,10 +1,12 @@
+import importlib.util
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
 from datamodels.errors import RegressionError
 from datamodels.evaluation import lds, lds_of_store
-from datamodels.evaluation.lds import _ceilings, _rank_correlations
+from datamodels.evaluation.score import _ceilings, _rank_correlations
 
 
 def simulate(masks=40, repeats=3, targets=7, seed=0, noise=1.0, decimals=None):
@@ -273,3 +275,11 @@ def test_score_of_a_store(tmp_path):
         expected.append(spearmanr(prediction, outcome).statistic)
     np.testing.assert_allclose(got.per_target, expected, rtol=1e-6)
     assert got.repeats == (2, 3)
+
+
+def test_the_function_does_not_hide_a_module():
+    import datamodels.evaluation.score as module
+    from datamodels.evaluation import Score
+
+    assert module.lds is lds and module.Score is Score
+    assert not importlib.util.find_spec("datamodels.evaluation.lds")
