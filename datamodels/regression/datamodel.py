@@ -181,10 +181,12 @@ class Datamodel:
                 warnings.simplefilter("ignore", UserWarning)  # torch's, about files that it is going to refuse
                 state = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
-                raise TypeError(f"it holds a {type(state).__name__}, not a dict")
+                raise RegressionError(f"{path}: not a datamodels.pt (it holds a {type(state).__name__}, not a dict)")
             weight, bias, lam = (_dense(state[name]) for name in ("weight", "bias", "lam"))
             if weight.ndim != 2:
-                raise ValueError(f"its weight has shape {weight.shape}, not (columns, targets)")
+                raise RegressionError(
+                    f"{path}: not a datamodels.pt (its weight has shape {weight.shape}, not (columns, targets))"
+                )
             p, T = weight.shape
             unknown = np.full(T, np.nan)
             numbers: dict[str, Any] = {name: state[name].numpy() if name in state else unknown for name in CERTIFICATES}
