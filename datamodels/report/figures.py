@@ -275,8 +275,8 @@ def regularization_path(model: Datamodel, *, targets: int | Sequence[int] | np.n
     for t in chosen[there[:, chosen].sum(axis=0) == 0]:
         raise DatamodelsError(f"picture: target {model.targets[t]!r} is constant and has no path")
 
-    width, height, left, right, legend = 7.3, 4.9, 0.85, 5.05, 5.4  # inches
-    step = min(0.42, 3.4 / len(chosen))  # of the legend
+    step = 0.42 if len(chosen) <= 8 else 0.17  # of the legend; many targets have a line each
+    width, height, left, right, legend = 7.3, max(4.9, 1.2 + step * len(chosen)), 0.85, 5.05, 5.4  # inches
 
     with _style():
         from matplotlib import colormaps
@@ -295,7 +295,8 @@ def regularization_path(model: Datamodel, *, targets: int | Sequence[int] | np.n
             left / width, 1 - 0.52 / height, f"{line}; a dot is the λ with the smallest error",
             size=9, color=FAINT,
         )  # fmt: skip
-        boxes = [(2.62, 1.62), (0.55, 1.75)]  # bottom and height of both panels
+        tall = (height - 1.53) / 2
+        boxes = [(0.87 + tall, tall), (0.55, tall)]  # bottom and height of both panels
         errors, counts = (
             figure.add_axes((left / width, bottom / height, (right - left) / width, tall / height))
             for bottom, tall in boxes
@@ -319,7 +320,7 @@ def regularization_path(model: Datamodel, *, targets: int | Sequence[int] | np.n
             )
             name = model.targets[t] if len(model.targets[t]) <= 18 else model.targets[t][:17] + "…"
             words = f"R² {model.r2_val[t]:.2f}, {int(nnz[at]):,} non-zero{'' if nnz[at] == 1 else 's'}"
-            if step > 0.3:
+            if len(chosen) <= 8:
                 figure.text((legend + 0.36) / width, y, name, size=9, color=INK, parse_math=False)
                 figure.text((legend + 0.36) / width, y - 0.15 / height, words, size=7.5, color=FAINT)
             else:

@@ -3,16 +3,26 @@ import os
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from datamodels.errors import DatamodelsError
 from datamodels.learning.cifar10 import CLASSES
+from datamodels.regression import Datamodel, RegularizationPath
 from datamodels.report import figures
-from datamodels.report.figures import choose_targets, influential_examples, lds_curve, save
+from datamodels.report.figures import (
+    choose_targets,
+    influential_examples,
+    lds_curve,
+    regularization_path,
+    save,
+    spread_targets,
+)
 
 ROOT = Path(__file__).parents[2]
 P, T = 60, 30
@@ -301,3 +311,130 @@ def test_the_palette_is_told_apart_when_blind_to_red_or_green():
     for matrix in matrices.values():
         a, b = np.clip(colours @ np.array(matrix).T, 0, 1)
         assert np.linalg.norm(a - b) > 0.3
+
+
+# --- the picture of the regularization path
+
+
+def path_model(T=12, K=8, *, names=None, seed=0):
+    """A datamodel of which only the path is of interest: each target's ends at another place, its best three before."""
+    rng = np.random.default_rng(seed)
+    lam, mse, nnz = np.full((K, T), np.nan), np.full((K, T), np.nan), np.full((K, T), -1)
+    best = np.zeros(T, dtype=int)
+    for t in range(T):
+        end = int(rng.integers(5, K + 1))
+        best[t] = end - 3
+        lam[:end, t] = (t + 1) * 0.1 ** (np.arange(end) / 4)
+        mse[:end, t] = 5 * (1 + (np.arange(end) - best[t]) ** 2)
+        nnz[:end, t] = 10 * np.arange(end) + t
+    numbers = rng.permutation(T) / T
+    zeros = np.zeros(T)
+    return Datamodel(
+        np.zeros((4, T), "f4"), zeros.astype("f4"), lam[best, np.arange(T)].astype("f4"), zeros, zeros,
+        zeros.astype(int), numbers, numbers, ("validation turned",) * T, tuple("abcd"),
+        tuple(names or [f"margins[{t}]" for t in range(T)]), {}, RegularizationPath(lam, mse, nnz),
+    )  # fmt: skip
+
+
+def curves(axes):
+    """{colour: (x, y)} of lines, and {colour: (x, y)} of dots."""
+    lines = [line for line in axes.lines if len(line.get_xdata()) > 1]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    return [{tuple(one.get_color()): one.get_data() for one in some} for some in (lines, dots)]
+
+
+def test_the_path_shows_each_targets_errors_and_non_zeros_and_marks_the_choice():
+    model = path_model()
+    figure = regularization_path(model, targets=[2, 7])
+    for axes, values in zip(figure.axes, (model.path.val_mse / model.path.val_mse[0], model.path.nnz), strict=True):
+        lines, dots = curves(axes)
+        assert len(lines) == len(dots) == 2 and set(lines) == set(dots)
+        for (colour, (x, y)), t in zip(lines.items(), (2, 7), strict=True):
+            there = np.isfinite(model.path.lam[:, t])
+            np.testing.assert_array_equal(x, model.path.lam[there, t])
+            np.testing.assert_array_equal(y, values[there, t])
+            at = there.sum() - 3
+            assert [float(part[0]) for part in dots[colour]] == [x[at], y[at]]
+        assert axes.get_xscale() == "log" and axes.xaxis_inverted()
+    assert {"margins[2]", "margins[7]", "Along the regularization path"} <= set(words(figure))
+    assert f"R² {model.r2_val[2]:.2f}, {model.path.nnz[:, 2].max() - 20} non-zeros" in words(figure)
+    assert figure.axes[0].get_ylabel().startswith("validation error")
+    assert figure.axes[1].get_ylabel() == "non-zero weights"
+
+
+@pytest.mark.parametrize(
+    ("T", "count", "quantiles"), [(10_000, 5, [10, 30, 50, 70, 90]), (1, 5, [50]), (3, 3, [0, 50, 100])]
+)
+def test_targets_stand_at_quantiles_of_their_r2(T, count, quantiles):
+    model = path_model(T)
+    chosen = spread_targets(model, count)
+    expected = np.percentile(model.r2_val, quantiles)
+    np.testing.assert_allclose(model.r2_val[chosen], expected, atol=1 / T)
+    assert len(set(chosen.tolist())) == len(quantiles)
+
+
+def test_as_many_targets_as_there_are_and_none_that_is_constant():
+    model = path_model(6)
+    model.path.lam[:, 4] = np.nan
+    model.r2_val[4] = np.nan
+    assert sorted(spread_targets(model, 9).tolist()) == [0, 1, 2, 3, 5]
+    assert sorted(spread_targets(model, 3).tolist()) != [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("T", [1, 2, 5, 40])
+@pytest.mark.parametrize("name", ["margins[{t}]", "$x^2$ of a long name with_under_scores and more, number {t}"])
+def test_no_two_words_of_the_path_overlap_and_none_leaves_the_picture(T, name):
+    model = path_model(T, names=[name.format(t=t) for t in range(T)])
+    figure = regularization_path(model, targets=T)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    shown = [*figure.texts]
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for which in ("major", "minor") for tick in getattr(axis, f"get_{which}_ticks")()]
+            shown += [axis.label, *(tick.label1 for tick in ticks if low <= tick.get_loc() <= high)]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in shown if text.get_visible() and text.get_text()]
+    assert len(boxes) > T + 8
+    for text, box in boxes:
+        assert inside(box, figure), text
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not (a.x0 < b.x1 - 1 and b.x0 < a.x1 - 1 and a.y0 < b.y1 - 1 and b.y0 < a.y1 - 1), (one, other)
+
+
+def inside(box, figure):
+    return box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+def test_one_lambda_is_a_dot():
+    model = path_model(2)
+    for values in (model.path.lam, model.path.val_mse):
+        values[1:] = np.nan
+    figure = regularization_path(replace(model, lam=model.path.lam[0].astype("f4")))
+    for axes in figure.axes:
+        assert sorted(line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "o") == [[1.0], [2.0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "targets", "told"),
+    [
+        ({"path": None}, 5, "holds no path; load it by the folder"),
+        ({"path": None}, [1], "holds no path; load it by the folder"),
+        ({}, 0, "at least one target, got 0"),
+        ({}, [], r"expected targets as ints in \[0, 12\)"),
+        ({}, [12], r"expected targets as ints in \[0, 12\), got \[12\]"),
+        ({}, [-1], "expected targets as ints"),
+        ({}, [0.5], "expected targets as ints"),
+        ({"r2_val": np.full(12, np.nan)}, 5, "no target has a path"),
+    ],
+)
+def test_a_path_that_cannot_be_drawn_is_refused(change, targets, told):
+    with pytest.raises(DatamodelsError, match=told):
+        regularization_path(replace(path_model(), **change), targets=targets)
+
+
+def test_a_constant_target_has_no_path():
+    model = path_model()
+    model.path.val_mse[:, 3] = np.nan
+    with pytest.raises(DatamodelsError, match=r"target 'margins\[3\]' is constant and has no path"):
+        regularization_path(model, targets=[2, 3])
