@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -175,10 +176,11 @@ def describe(out_dir: Path, model: Datamodel, seconds: float) -> str:
 
 
 def versions() -> dict[str, str]:
-    names = ("numpy", "scipy", "scikit-learn", "torch")
-    return {"datamodels": datamodels.__version__, "python": platform.python_version()} | {
-        name: metadata.version(name) for name in names
-    }
+    found = {"datamodels": datamodels.__version__, "python": platform.python_version()}
+    for name in ("numpy", "scipy", "scikit-learn", "numba", "torch", "ffcv"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _sync(path: Path) -> None:
