@@ -7,18 +7,22 @@ definition 2.3; Ilyas et al., Datamodels, 2022).
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from datamodels.errors import RegressionError
+from datamodels.regression import memory
 
 if TYPE_CHECKING:
     from datamodels.regression import Datamodel
     from datamodels.store import Store
 
 DRAWS = 1000
+BLOCK_BYTES = 1 << 26  # of outcomes, read at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +71,20 @@ def lds(
     seed: int = 0,
     draws: int = DRAWS,
     level: float = 0.95,
+    progress: Callable[[int], object] = lambda targets: None,
 ) -> Score:
     """Score of predictions (rows, T) of outcomes (rows, T), rows with one mask id being runs of one mask.
 
     The interval is that of a bootstrap that draws masks and targets anew together, ranking again inside every draw
     (masks drawn twice are ties). Ties lower rank correlations, most where they are high, so the draws are shifted until
     their median is the score; without that, 95 % intervals held the true score of simulated data in 83 % of cases.
+    `progress` is told of targets as they are scored, of each once.
 
-    Raises RegressionError for shapes that do not fit, values that are not finite, fewer than 3 masks, and when every
-    target is constant.
+    Raises RegressionError for shapes that do not fit, values that are not finite, fewer than 3 masks, when every target
+    is constant, and for more than fits into memory.
     """
+    if np.ndim(outcomes) == 2:
+        _require(len(outcomes), np.shape(outcomes)[1], len(np.unique(mask_ids)), draws)
     predicted, observed, within, runs = _by_mask(predictions, outcomes, mask_ids)
     if not (draws >= 1 and 0 < level < 1):
         raise RegressionError(f"draws={draws}, level={level}: at least 1 draw and a level between 0 and 1 are needed")
@@ -92,7 +100,7 @@ def lds(
     rng = np.random.default_rng(seed)
     masks = rng.multinomial(M, np.full(M, 1 / M), size=draws)  # (draws, M): how often each mask is drawn
     targets = rng.multinomial(T, np.full(T, 1 / T), size=draws)
-    drawn = _rank_correlations(predicted, observed, masks.T.astype(np.float32)).T  # (draws, T)
+    drawn = _rank_correlations(predicted, observed, masks.T.astype(np.float32), progress).T  # (draws, T)
     drawn_ceilings = _ceilings(observed, within, runs, masks)
 
     everyone = (~constant)[None].astype(float)
@@ -128,10 +136,13 @@ def lds_of_store(
     target_start: int = 0,
     seed: int = 0,
     draws: int = DRAWS,
+    progress: Callable[[int], object] = lambda targets: None,
 ) -> Score:
     """Score of a datamodel on the complete evaluation rows of a store.
 
-    target_start: first target of the slice that the model was fitted on.
+    target_start: first target of the slice that the model was fitted on.  progress: as in `lds`.
+
+    Raises RegressionError where there are no such rows or targets, and what `lds` raises.
     """
     rows = np.flatnonzero(store.completed() & (store.design.roles == "eval"))
     if not len(rows):
@@ -142,13 +153,55 @@ def lds_of_store(
             if planned
             else f'{store.path}: no evaluation rows; add a block with "role": "eval" to the design of the next store'
         )
-    outcomes = store.rows(y_name, rows).reshape(len(rows), -1)
-    outcomes = outcomes[:, target_start : target_start + len(model.targets)]
+    _note_cells(store, x_name)
     ids = np.asarray(store.design.mask_ids)[rows]
     first = np.unique(ids, return_index=True)[1]
+    outcomes = _outcomes(store, y_name, rows, target_start, len(model.targets), draws)
     predictions = model.predict(store.rows(x_name, rows[first]).reshape(len(first), -1))
     place = np.searchsorted(ids[first], ids)
-    return lds(predictions[place], outcomes, ids, seed=seed, draws=draws)
+    return lds(predictions[place], outcomes, ids, seed=seed, draws=draws, progress=progress)
+
+
+def _outcomes(store: Store, key: str, rows: np.ndarray, start: int, count: int, draws: int) -> np.ndarray:
+    """Targets start..start+count of some rows, (rows, count); of the others never more than a block is in memory."""
+    field = store.field(key)
+    width = int(np.prod(field.shape, dtype=int))
+    if not 0 <= start <= width - count:
+        raise RegressionError(
+            f"{store.path}: targets {start} to {start + count} of {key!r} are asked for, it has {width}; target_start "
+            f"is the first target that the model was fitted on"
+        )
+    row_bytes = max(1, width * field.value_dtype.itemsize)
+    step = max(1, min(len(rows), BLOCK_BYTES // row_bytes))
+    # Outcomes and predictions of every row, and while a block is read, its bytes, what they say and what is kept.
+    _require(len(rows), count, len(rows), draws, held=3 * 8 * len(rows) * count + 4 * step * row_bytes)
+    outcomes = np.empty((len(rows), count), field.value_dtype)
+    for first in range(0, len(rows), step):
+        block = store.rows(key, rows[first : first + step])
+        outcomes[first : first + step] = block.reshape(len(block), width)[:, start : start + count]
+    return outcomes
+
+
+def _note_cells(store: Store, x_name: str) -> None:
+    """Say that rows trained in different ways are scored as one, where the columns do not tell them apart."""
+    blocks = [block for block in store.design.blocks if block.role == "train"]
+    cells = list({repr(sorted(cell.items())): cell for block in blocks for cell in block.cells}.values())
+    if len(cells) > 1 and x_name not in store.design.factors:
+        factors = ", ".join(dict.fromkeys(factor for cell in cells for factor in cell))
+        print(
+            f"note: the training rows of {store.path} have {len(cells)} different choices of {factors}, and the "
+            f"columns {x_name!r} do not tell them apart: what is scored is a datamodel of all of them together",
+            file=sys.stderr,
+        )
+
+
+def _require(rows: int, targets: int, masks: int, draws: int, held: int = 0) -> None:
+    """RegressionError where a score does not fit into memory beside `held` bytes; the factors are measured."""
+    memory.require(
+        8 * targets * (4 * rows + 4 * masks + 11 * draws) + held,
+        f"the score of {rows} rows and {targets} targets with {draws} draws",
+        "score fewer targets at a time, or give fewer draws",
+    )
 
 
 def _by_mask(
@@ -188,7 +241,12 @@ def _by_mask(
     return mean(predictions), observed, np.add.reduceat(off, starts, axis=0), runs
 
 
-def _rank_correlations(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def _rank_correlations(
+    a: np.ndarray,
+    b: np.ndarray,
+    counts: np.ndarray,
+    progress: Callable[[int], object] = lambda targets: None,
+) -> np.ndarray:
     """Spearman correlations (T, draws) of a and b (M, T), mask m counted counts[m, d] times in draw d.
 
     With L_ij = 1 if a_j < a_i, 1/2 if equal, 0 else, the average rank of mask i in a draw is (L counts)_i + 1/2:
@@ -210,6 +268,7 @@ def _rank_correlations(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.n
         bb = np.einsum("md,md->d", ranks[1] * counts, ranks[1], dtype=np.float64)
         correlation = np.divide(ab, np.sqrt(aa * bb), out=np.zeros_like(ab), where=(aa > 0) & (bb > 0))
         result[t] = np.where(bb > 0, correlation, np.nan)
+        progress(1)
     return result
 
 

@@ -80,7 +80,9 @@ def score(store_path: Path, result: Path, sizes: Sequence[int]) -> dict:
                     model = fit(problem, progress=bar.update)
                 kept.parent.mkdir(exist_ok=True)
                 model.save(kept)
-            scores[size] = found = lds_of_store(model, store)
+            with tqdm(total=len(model.targets), desc="   its score", unit="target", leave=False,
+                      disable=not sys.stderr.isatty()) as bar:  # fmt: skip
+                scores[size] = found = lds_of_store(model, store, progress=bar.update)
             print(f"   {size:6,}   {found.value:.3f}   [{found.low:.3f}, {found.high:.3f}]", flush=True)
         print(f"  ceiling   {found.ceiling:.3f}   [{found.ceiling_low:.3f}, {found.ceiling_high:.3f}]   what a perfect "
               f"prediction would score, the training runs being noisy")  # fmt: skip

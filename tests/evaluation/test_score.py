@@ -1,4 +1,5 @@
 import importlib.util
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,7 +7,9 @@ from scipy.stats import spearmanr
 
 from datamodels.errors import RegressionError
 from datamodels.evaluation import lds, lds_of_store
+from datamodels.evaluation import score as score_module
 from datamodels.evaluation.score import _ceilings, _rank_correlations
+from datamodels.regression import memory
 
 
 def simulate(masks=40, repeats=3, targets=7, seed=0, noise=1.0, decimals=None):
@@ -234,22 +237,13 @@ def test_bad_input():
         lds(p, rows, ids, draws=0)
 
 
-def test_score_of_a_store(tmp_path):
+def model_of(weight):
     from datamodels.regression import Datamodel
-    from datamodels.store import Store
 
-    design = [
-        {"role": "train", "count": 6, "seed": 1, "sampler": "bernoulli", "alpha": 0.5},
-        {"role": "eval", "masks": 12, "repeats": 3, "seed": 2},
-    ]
-    schema = {"masks": {"shape": [9], "dtype": "bits"}, "margins": {"shape": [4], "dtype": "float32"}}
-    store = Store.create(tmp_path / "s", {"schema": schema, "design": design}, sync=False)
-    rng = np.random.default_rng(0)
-    masks = np.stack([store.design.assignment(row).mask for row in range(42)])
-    margins = rng.standard_normal((42, 4)).astype("f4")
-    nothing = np.zeros(3)
-    model = Datamodel(
-        weight=rng.standard_normal((9, 3)).astype("f4"),
+    p, T = weight.shape
+    nothing = np.zeros(T)
+    return Datamodel(
+        weight=weight.astype("f4"),
         bias=nothing,
         lam=nothing,
         gap=nothing,
@@ -257,10 +251,30 @@ def test_score_of_a_store(tmp_path):
         nnz=nothing,
         r2_train=nothing,
         r2_val=nothing,
-        ended=("",) * 3,
-        columns=("x",) * 9,
-        targets=("y",) * 3,
+        ended=("",) * T,
+        columns=("x",) * p,
+        targets=("y",) * T,
     )
+
+
+def small_store(path, targets=4, choices=None):
+    from datamodels.store import Store
+
+    grid = {} if choices is None else {"choices": choices}
+    design = [
+        {"role": "train", "masks": 6, "seed": 1, "sampler": "bernoulli", "alpha": 0.5, **grid},
+        {"role": "eval", "masks": 12, "repeats": 3, "seed": 2},
+    ]
+    schema = {"masks": {"shape": [9], "dtype": "bits"}, "margins": {"shape": [targets], "dtype": "float32"}}
+    return Store.create(path, {"schema": schema, "design": design}, sync=False)
+
+
+def test_score_of_a_store(tmp_path, capsys):
+    store = small_store(tmp_path / "s")
+    rng = np.random.default_rng(0)
+    masks = np.stack([store.design.assignment(row).mask for row in range(42)])
+    margins = rng.standard_normal((42, 4)).astype("f4")
+    model = model_of(rng.standard_normal((9, 3)))
     with pytest.raises(RegressionError, match="none of its 36 evaluation rows is complete"):
         lds_of_store(model, store)
     done = [row for row in range(42) if row != 20]
@@ -275,6 +289,70 @@ def test_score_of_a_store(tmp_path):
         expected.append(spearmanr(prediction, outcome).statistic)
     np.testing.assert_allclose(got.per_target, expected, rtol=1e-6)
     assert got.repeats == (2, 3)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RegressionError, match=r"targets 2 to 5 of 'margins' are asked for, it has 4; target_start"):
+        lds_of_store(model, store, target_start=2)
+
+
+def test_targets_outside_the_slice_are_read_in_blocks_and_not_kept(tmp_path, monkeypatch):
+    store = small_store(tmp_path / "s", targets=200_000)
+    masks = np.stack([store.design.assignment(row).mask for row in range(42)])
+    margins = np.random.default_rng(0).standard_normal((42, 200_000)).astype("f4")
+    store.commit_many(range(42), {"masks": masks, "margins": margins})
+    model = model_of(np.random.default_rng(1).standard_normal((9, 2)))
+    whole = lds_of_store(model, store, target_start=100_000, draws=10)
+    monkeypatch.setattr(score_module, "BLOCK_BYTES", 2_400_000)  # three rows
+    tracemalloc.start()
+    got = lds_of_store(model, store, target_start=100_000, draws=10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 5 * 2_400_000 < 36 * 200_000 * 4 / 2
+    assert (got.value, got.low, got.high) == (whole.value, whole.low, whole.high)
+
+
+def test_a_score_that_does_not_fit_into_memory_is_refused_before_it_is_tried(tmp_path, monkeypatch):
+    store = small_store(tmp_path / "s")
+    masks = np.stack([store.design.assignment(row).mask for row in range(42)])
+    store.commit_many(range(42), {"masks": masks, "margins": np.random.default_rng(0).standard_normal((42, 4))})
+    model = model_of(np.ones((9, 4)))
+    monkeypatch.setattr(memory, "available", lambda: 100_000)
+    message = r"the score of 36 rows and 4 targets with 1000 draws needs about .* of memory.*fewer targets at a time"
+    with pytest.raises(RegressionError, match=message):
+        lds_of_store(model, store)
+    with pytest.raises(RegressionError, match=message):
+        lds(np.ones((36, 4)), np.ones((36, 4)), np.arange(36))
+    assert lds_of_store(model, store, draws=50).draws == 50
+
+
+@pytest.mark.parametrize("sizes", [(100, 5, 1500, 10), (60, 1, 3000, 10), (50, 2, 1000, 300)])
+def test_the_memory_that_is_asked_for_is_what_is_taken(monkeypatch, sizes):
+    masks, repeats, targets, draws = sizes
+    predicted, _, outcomes = simulate(masks=masks, repeats=repeats, targets=targets)
+    asked = []
+    monkeypatch.setattr(memory, "require", lambda needed, *rest: asked.append(needed))
+    tracemalloc.start()
+    score(predicted, outcomes, draws=draws)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.6 * asked[0] < peak < 1.2 * asked[0]
+
+
+def test_progress_is_told_of_every_target_once():
+    predicted, _, outcomes = simulate(targets=7)
+    told = []
+    score(predicted, outcomes, progress=told.append)
+    assert told == [1] * 7
+
+
+def test_rows_of_different_choices_are_not_pooled_in_silence(tmp_path, capsys):
+    store = small_store(tmp_path / "s", choices={"width": [4, 8], "optimiser": ["sgd"]})
+    rows = range(store.num_models)
+    masks = np.stack([store.design.assignment(row).mask for row in rows])
+    store.commit_many(rows, {"masks": masks, "margins": np.random.default_rng(0).standard_normal((len(rows), 4))})
+    lds_of_store(model_of(np.ones((9, 4))), store, draws=10)
+    err = capsys.readouterr().err
+    assert err.startswith("note: the training rows of ") and err.count("\n") == 1
+    assert "2 different choices of width, optimiser" in err and "'masks'" in err
 
 
 def test_the_function_does_not_hide_a_module():
