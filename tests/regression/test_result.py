@@ -210,7 +210,13 @@ def test_digests_differ_with_any_number_or_name():
                 for name in ("lam", "val_mse", "nnz")]  # fmt: skip
     weight = model.weight.copy()
     weight[np.nonzero(weight)[0][0], np.nonzero(weight)[1][0]] *= 1.000001
+    moved = model.weight.copy()  # a non-zero to a place that was zero, in the same order
+    at = next(j for j in range(P - 1) if moved[j, 0] != 0 and moved[j + 1, 0] == 0)
+    moved[[at, at + 1], 0] = moved[[at + 1, at], 0]
     changed += [
+        replace(model, weight=moved),
+        replace(model, kkt=np.zeros(T)),
+        replace(model, kkt=np.zeros(T, dtype=np.int64)),
         replace(model, weight=weight),
         replace(model, weight=np.roll(model.weight, 1, axis=0)),
         replace(model, targets=("a", *model.targets[1:])),

@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datamodels.errors import ConfigError, RegressionError
-from datamodels.regression import Datamodel, shard
+from datamodels.regression import Datamodel, make_problem, shard
 from datamodels.regression.shard import Plan
 from datamodels.store import Store
 from tests.regression.shards import assert_same_result, begin, compute, files, fill, make_store, outcomes
@@ -174,11 +176,13 @@ def test_shards_that_failed_are_tried_again_when_the_command_is_given_again(logd
 def test_what_an_attempt_left_half_done_is_in_nobodys_way(logdir, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     begin(monkeypatch, logdir, out, 2)
-    for left in ("result/final_lambda", ".result.partial-1/final_lambda"):
-        (out / "shards/workers/0" / left).mkdir(parents=True)
-        (out / "shards/workers/0" / left / "weight.npy").write_text("half")
+    for left in ("result", ".result.partial-1"):
+        (out / "shards/workers/0" / left / "final_lambda").mkdir(parents=True)
+        (out / "shards/workers/0" / left / "final_lambda/weight.npy").write_text("half")
+    (out / "shards/workers/1").mkdir()
+    shutil.copytree(whole, out / "shards/workers/1/result")  # whole, and not committed
     fill(out)
-    assert os.listdir(out / "shards/workers/0") == ["result"]
+    assert os.listdir(out / "shards/workers/0") == os.listdir(out / "shards/workers/1") == ["result"]
     compute(logdir, out, "--cfg.shards=2")
     assert_same_result(whole, out)
 
@@ -302,6 +306,59 @@ def test_rows_that_change_the_fit_are_refused_before_it(growing, tmp_path, monke
     with pytest.raises(RegressionError, match=told):
         fill(out, [1])
     assert not (out / "shards/workers/1/result").exists()
+
+
+NUMBERS = np.random.default_rng(0)
+PROBLEM = make_problem(
+    NUMBERS.random((30, 4)) < 0.5,
+    NUMBERS.random((30, 3)),
+    num_val=6,
+    penalty=np.ones((4, 3)),
+    offset=np.zeros((30, 3)),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("rows", np.arange(1, 31), "which rows take part"),
+        ("train", PROBLEM.train[1:], "which rows take part"),
+        ("val", PROBLEM.val[1:], "which rows take part"),
+        ("x", ~PROBLEM.x, "the columns"),
+        ("x", PROBLEM.x.astype("u1"), "the columns"),
+        ("columns", tuple("abcd"), "the columns"),
+        ("penalty", np.ones(4), "the columns, the outcomes"),
+        ("penalty", np.arange(12.0).reshape(4, 3), "the outcomes"),
+        ("y", PROBLEM.y + 1e-9, "the outcomes"),
+        ("y", PROBLEM.y.astype("f4"), "the outcomes"),
+        ("targets", tuple("abc"), "the outcomes"),
+        ("offset", np.full((30, 3), 1e-9), "the outcomes"),
+        ("offset", None, "the outcomes"),
+    ],
+)
+def test_every_part_of_a_problem_is_looked_at(name, value, told):
+    rows, columns = shard._shared(PROBLEM)
+    plan = Plan({}, {}, (24, 6), ((0, 3),), rows, columns, (shard._own(PROBLEM, slice(0, 3)),))
+    plan.check(0, PROBLEM)
+    with pytest.raises(RegressionError, match=f"changed: {told}[;,]"):
+        plan.check(0, replace(PROBLEM, **{name: value}))
+
+
+def test_penalties_that_all_targets_share_are_looked_at():
+    one = replace(PROBLEM, penalty=np.ones(4))
+    rows, columns = shard._shared(one)
+    plan = Plan({}, {}, (24, 6), ((0, 3),), rows, columns, (shard._own(one, slice(0, 3)),))
+    plan.check(0, one)
+    with pytest.raises(RegressionError, match="changed: the columns;"):
+        plan.check(0, replace(one, penalty=np.array([1, 1, 1, 2.0])))
+
+
+def test_a_slice_is_the_same_planned_and_read():
+    part = replace(
+        PROBLEM, y=PROBLEM.y[:, 1:], targets=PROBLEM.targets[1:], offset=PROBLEM.offset[:, 1:],
+        penalty=PROBLEM.penalty[:, 1:],
+    )  # fmt: skip
+    assert shard._own(PROBLEM, slice(1, 3)) == shard._own(part, slice(None))
 
 
 # ------------------------------------------------------------------ the plan
