@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -256,14 +257,13 @@ def _child(order: Mapping[str, Any]) -> None:
             started.append(self)
 
     ffcv.writer.Process = Watched  # it forgets its workers and never asks how they ended
+    ffcv.writer.tqdm = partial(ffcv.writer.tqdm, disable=True)  # the bar is the parent's
     counter = multiprocessing.Value("Q", 0)
     layout = Layout(
         order["samples"], order["columns"], order["targets"], np.dtype(order["x_dtype"]), np.dtype(order["y_dtype"])
     )
     source = open_source(**order["source"])
     source.rows = np.frombuffer(sys.stdin.buffer.read(8 * layout.samples), dtype="<i8")
-    watched = (counter, started, layout.samples, order["patience"])
-    threading.Thread(target=_watch, args=watched, daemon=True).start()
     writer = ffcv.writer.DatasetWriter(
         order["name"],
         {
@@ -274,34 +274,37 @@ def _child(order: Mapping[str, Any]) -> None:
         page_size=order["page"],
         num_workers=min(8, -(-layout.samples // 100), len(os.sched_getaffinity(0))),
     )
+    leash = (writer, counter, started, layout.samples, order["patience"])
+    threading.Thread(target=_watch, args=leash, daemon=True).start()
     writer.from_indexed_dataset(_Rows(source, layout, counter))
 
 
-def _watch(counter: Any, workers: list[Any], samples: int, patience: float) -> None:
+def _watch(writer: Any, counter: Any, workers: list[Any], samples: int, patience: float) -> None:
     """Report rows on stdout; end the process when a worker fails, nothing moves, or the parent has gone."""
-    seen, since = 0, time.monotonic()
-    while True:
-        time.sleep(_WAIT)
-        done = min(counter.value, samples)
-        if done != seen:
-            seen, since = done, time.monotonic()
-            print(done, flush=True)
-        failed = [worker.exitcode for worker in workers if worker.exitcode]
-        if select.select([0], [], [], 0)[0]:
-            _end(workers, "the program that asked for it has gone")
-        if failed:
-            _end(workers, "" if failed[0] > 0 else f"a process of it ended by signal {-failed[0]}")
-        if time.monotonic() - since > patience:
-            _end(workers, f"no rows for {patience:.0f} s")
-
-
-def _end(workers: list[Any], why: str) -> NoReturn:
-    """Kill FFCV's workers and leave. The tracker of shared memory stays a moment longer and tidies up."""
-    if why:
-        print(why, file=sys.stderr, flush=True)
-    for worker in workers:
-        worker.kill()
-    os._exit(1)
+    seen, since, why = 0, time.monotonic(), ""
+    try:
+        while True:
+            time.sleep(_WAIT)
+            done = min(counter.value, samples)
+            if done != seen:
+                seen, since = done, time.monotonic()
+                print(done, flush=True)
+            failed = [worker.exitcode for worker in workers if worker.exitcode]
+            if failed:
+                why = "" if failed[0] > 0 else f"a process of it ended by signal {-failed[0]}"
+                break
+            if select.select([0], [], [], 0)[0]:
+                break  # the parent has gone
+            if time.monotonic() - since > patience:
+                why = f"no rows for {patience:.0f} s"
+                break
+        print(why, file=sys.stderr, flush=True)  # after what the worker has said
+    finally:  # nothing may keep us here, least of all a pipe that nobody reads
+        for worker in workers:
+            worker.kill()
+        with contextlib.suppress(Exception):
+            writer.metadata_sm.unlink()
+        os._exit(1)
 
 
 if __name__ == "__main__":
