@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CONSTANT, TURNED, END_OF_PATH = "constant", "validation turned", "end of path"
 CERTIFICATES = ("gap", "kkt", "r2_train", "r2_val")  # what the released code's files lack
 PATH = ("lam", "val_mse", "nnz")
-SPARSE_SHARE = 0.02  # non-zeros below which predictions skip the zeros: 3 times as fast at .01, half as fast at .2
+SPARSE_SHARE = 0.01  # of non-zeros, below which predictions skip the zeros: 2.6 times as fast at .005, no faster at .02
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +109,18 @@ class Datamodel:
                 )
             )
         out = np.tile(self.bias.astype(np.float64), (len(x), 1))
-        sparse = int(self.nnz.sum()) < SPARSE_SHARE * self.weight.size
+        blocks = list(row_blocks(np.arange(len(x)), p))
+        if int(self.nnz.sum()) < SPARSE_SHARE * self.weight.size:
+            rows_of_targets = sparse_columns(self.weight).T.astype(np.float64)
+            for block in blocks:
+                out[block] += (rows_of_targets @ np.ascontiguousarray(x[block].T, dtype=np.float64)).T
+            return out
         step = max(1, BLOCK_VALUES // max(1, p))  # weights are large; never all of them in float64
         for first in range(0, len(self.targets), step):
             some = slice(first, first + step)
-            weight = self.weight[:, some]
-            weight = sparse_columns(weight).astype(np.float64).T.tocsr() if sparse else weight.astype(np.float64)
-            for block in row_blocks(np.arange(len(x)), p):
-                raw = x[block].astype(np.float64)
-                out[block, some] += (weight @ np.ascontiguousarray(raw.T)).T if sparse else raw @ weight
+            weight = self.weight[:, some].astype(np.float64)
+            for block in blocks:
+                out[block, some] += x[block].astype(np.float64) @ weight
         return out
 
     def save(self, path: str | os.PathLike[str]) -> None:
