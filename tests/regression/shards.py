@@ -37,7 +37,8 @@ def compute(logdir, out, *options):
     """compute_datamodels in this process; its exit code and what it said."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = main([f"--data.logdir={logdir}", f"--cfg.out_dir={out}", *options])
+        source = [] if logdir is None else [f"--data.logdir={logdir}"]
+        code = main([*source, f"--cfg.out_dir={out}", *options])
     return code, said.getvalue()
 
 

@@ -281,3 +281,28 @@ def test_many_warnings_are_counted_on_the_terminal(out, monkeypatch, capsys):
     assert said.count("warning: ") == merge.MOST_WARNINGS + 1
     total = len(json.loads((out / "regression.json").read_text())["warnings"])
     assert total > 20 and f"warning: and {total - merge.MOST_WARNINGS} more, in {out}/regression.json" in said
+
+
+# ------------------------------------------------------------------ other sources
+
+
+def test_shards_of_a_beton_file(logdir, tmp_path, monkeypatch):
+    from datamodels.regression import write_dataset
+
+    path = tmp_path / "data.beton"
+    written = [f"--cfg.data_dir={logdir}", f"--cfg.out_path={path}", "--cfg.y_name=margins"]
+    write_dataset.main([*written, "--cfg.x_name=masks"])
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.data_path=data.beton", "--data.penalty=masks=0.5"]
+    assert compute(None, tmp_path / "whole", *options)[0] == 0
+    begin(monkeypatch, None, tmp_path / "out", 3, *options)
+    monkeypatch.chdir(ROOT)  # a worker may run elsewhere
+    fill(tmp_path / "out")
+    main([str(tmp_path / "out")])
+    assert_same_result(tmp_path / "whole", tmp_path / "out")
+
+    begin(monkeypatch, None, tmp_path / "changed", 3, f"--data.data_path={path}")
+    path.unlink()
+    write_dataset.main([*written, "--cfg.x_name=margins"])
+    with pytest.raises(RegressionError, match="changed: the columns"):
+        fill(tmp_path / "changed")
