@@ -506,11 +506,11 @@ def test_a_child_that_outlives_its_parent_does_not_keep_its_commit_lock(path, st
         with store.run.committing([1]):
             child = os.fork()
             if child == 0:
+                print(f"ready\\n{os.getpid()}", flush=True)
+                os.kill(os.getppid(), signal.SIGKILL)
                 time.sleep(60)
                 os._exit(0)
-            print("ready", flush=True)
-            print(child, flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
     """
     assert store.run.id  # a run that begins later would clear the lock of the dead away
     with another(path, "import warnings; warnings.simplefilter('ignore')\n" + textwrap.dedent(body)) as parent:
