@@ -44,6 +44,7 @@ from datamodels.store import commit as commits
 POOL_VARIABLE = "DATAMODELS_POOL_PID"
 GAVE_UP = 3
 _STOPS = (signal.SIGTERM, signal.SIGINT)
+_AHEAD = 256  # rows looked at together where others have been
 _GRACE = 3.0  # seconds between asking main to stop and killing the process
 
 SECTIONS = {
@@ -304,22 +305,20 @@ class Worker:
 
     def _pending(self) -> tuple[list[int], list[int]]:
         """Incomplete rows never tried, and those tried but not too often; from a place of this worker's own onwards."""
-        completed = self.store.completed()
-        attempts = self.store.layout.row_records()["attempts"]
-        rows = np.flatnonzero(~completed & ~self._spent())
+        completed, records = self.store.completed(), self.store.layout.row_records()
+        rows = np.flatnonzero(~completed & ~self._spent(records))
         offset = int(self.store.run.id[-8:], 16) % self.store.num_models
         rows = np.roll(rows, -int(np.searchsorted(rows, offset)))
-        tried = attempts[rows] > 0
+        tried = records["attempts"][rows] > 0
         return rows[~tried].tolist(), rows[tried].tolist()
 
-    def _spent(self) -> np.ndarray:
-        records = self.store.layout.row_records()
+    def _spent(self, records: np.ndarray) -> np.ndarray:
         spent: np.ndarray = (records["state"] == commits.FAILED) & (records["attempts"] > self.retries)
         return spent
 
     def given_up(self) -> int:
         """How many rows are incomplete and will not be tried again, whoever failed them."""
-        return int((~self.store.completed() & self._spent()).sum())
+        return int((~self.store.completed() & self._spent(self.store.layout.row_records())).sum())
 
     def _claim_some(self, queue: deque[int], size: int) -> list[int]:
         rows: list[int] = []
@@ -327,7 +326,20 @@ class Worker:
             some = sorted(queue.popleft() for _ in range(min(len(queue), size - len(rows))))
             done = self.store.layout.completed(some)  # by another worker; far cheaper to see before claiming
             rows += self._claim([row for row, flag in zip(some, done, strict=True) if not flag])
+            if done.any():
+                self._skip(queue)
         return sorted(rows)
+
+    def _skip(self, queue: deque[int]) -> None:
+        """Drop rows from the front of a queue that are complete: another worker may be many rows ahead of this one."""
+        while queue:
+            ahead = [queue.popleft() for _ in range(min(len(queue), _AHEAD))]
+            order = sorted(ahead)
+            done = dict(zip(order, self.store.layout.completed(order), strict=True))
+            left = [row for row in ahead if not done[row]]
+            queue.extendleft(reversed(left))
+            if left:
+                return
 
     def _claim(self, rows: list[int], *, anew: bool = False, complete_too: bool = False) -> list[int]:
         """Claim rows and count an attempt of each; those where there is something (left) to do for this worker."""
@@ -335,7 +347,7 @@ class Worker:
             taken = [row for row in rows if self.store.run.take(row)]
             completed, records = self.store.layout.completed(taken), self.store.layout.row_records(taken)
             ready = []
-            for row, complete, record in zip(taken, completed, records, strict=True):
+            for place, (row, complete, record) in enumerate(zip(taken, completed, records, strict=True)):
                 if complete and not complete_too:
                     self.store.run.release(row, done=True)
                 elif not complete and record["attempts"] > self.retries and not anew:
@@ -343,9 +355,11 @@ class Worker:
                         self._record_death(row, record)
                     self.store.run.release(row, done=False)
                 else:
-                    ready.append(row)
-            self._attempts.update(zip(ready, self.store.begin(ready), strict=True))
-            return ready
+                    ready.append(place)
+            rows = [taken[place] for place in ready]
+            begun = self.store.begin(rows, complete=completed[ready], records=records[ready])
+            self._attempts.update(zip(rows, begun, strict=True))
+            return rows
 
     def _record_death(self, row: int, record: np.void) -> None:
         attempts, run = int(record["attempts"]), record["run"].decode(errors="replace")

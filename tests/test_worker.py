@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from datamodels import worker
 from datamodels.store import Store, commit
 from tests.jobs import CALLED, DESIGN, ROOT, Job, finish, plain, until
 
@@ -292,6 +295,57 @@ def test_a_row_that_failed_for_good_runs_again_when_it_is_named(tmp_path, monkey
     assert job.here("--worker.retries=0", "--worker.index=1", monkeypatch=monkeypatch) == 0
     assert job.here("--worker.retries=1", monkeypatch=monkeypatch) == 0
     assert job.completed == [True, True]
+
+
+@contextmanager
+def reads_of(store):
+    """Names of the files that are read meanwhile."""
+    names, real = [], store.disk.read
+
+    def read(name, offset, size):
+        names.append(name)
+        return real(name, offset, size)
+
+    store.disk.read = read
+    try:
+        yield names
+    finally:
+        del store.disk.read
+
+
+def worker_of(store, main):
+    module = SimpleNamespace(__name__="job", main=main)
+    return worker.Worker(store, worker.Routine.find(module, "main", ["index"]), None)
+
+
+def test_what_was_read_of_a_row_is_not_read_again(tmp_path):
+    Store.create(tmp_path / "store", plain(40), sync=False).close()
+    with Store.open(tmp_path / "store", sync=False) as store, worker_of(store, lambda index: {"x": index}) as one:
+        with reads_of(store) as names:
+            one.run_all()
+        assert store.completed().all()
+        # Before and after the claim, and under the lock of the commit; then the looks at all rows.
+        assert names.count("_completed.npy") <= 40 * 3 + 4 and names.count("_rows.npy") <= 40 * 2 + 4
+
+
+def test_rows_that_another_worker_has_finished_are_passed_over_quickly(tmp_path):
+    Store.create(tmp_path / "store", plain(5000), sync=False).close()
+    with Store.open(tmp_path / "store", sync=False) as store, Store.open(tmp_path / "store", sync=False) as other:
+        left = {7, 300, 301, 4999}
+
+        def main(index):
+            if not calls:
+                rows = [row for row in range(5000) if row != index and row not in left]
+                other.commit_many(rows, {"x": np.array(rows)})
+            calls.append(index)
+            return {"x": index}
+
+        calls = []
+        with worker_of(store, main) as one, reads_of(store) as names:
+            one.run_all()
+        assert store.rows("x").tolist() == list(range(5000))
+        assert set(calls) == left | {calls[0]}
+        assert names.count("_completed.npy") < 60
 
 
 SILENT = """

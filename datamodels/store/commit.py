@@ -183,14 +183,16 @@ def commit(
     infos: Sequence[RowInfo],
     run: str,
     guard: Callable[[], None] = _nothing,
+    *,
+    complete: np.ndarray | None = None,
 ) -> None:
     """Write incomplete rows; when this returns they are complete and durable.
 
     `rows` ascend without repetition; `blobs` holds per key one encoded value per row, every required key among them.
-    `guard` is called before every write and raises `ClaimLost` to refuse it. An error leaves each row
-    incomplete or complete and exact, never in between.
+    `guard` is called before every write and raises `ClaimLost` to refuse it. `complete`: their flags, where the caller
+    has read them under its commit lock. An error leaves each row incomplete or complete and exact, never in between.
     """
-    _invalidate(layout, rows, guard)
+    _invalidate(layout, rows, guard, layout.completed(rows) if complete is None else complete)
     for key in blobs:
         layout.write(key_file(key), rows, blobs[key], guard)
     layout.disk.sync([key_file(key) for key in blobs])
@@ -230,9 +232,9 @@ def commit(
         raise
 
 
-def _invalidate(layout: Layout, rows: Sequence[int], guard: Callable[[], None]) -> None:
+def _invalidate(layout: Layout, rows: Sequence[int], guard: Callable[[], None], complete: np.ndarray) -> None:
     """Take back what records and `_completed` say of bytes that are about to change. A fresh row costs only reads."""
-    done = [row for row, flag in zip(rows, layout.completed(rows), strict=True) if flag]
+    done = [row for row, flag in zip(rows, complete, strict=True) if flag]
     if done:
         layout.write(COMPLETED_FILE, done, [b"\0"] * len(done), guard)
         layout.disk.sync([COMPLETED_FILE])

@@ -464,6 +464,7 @@ class Store:
                         [infos[row] for row in batch],
                         self.run.id,
                         guard,
+                        complete=np.zeros(len(batch), bool),
                     )
                 for row in stale:  # a replacement that a crash cut short; applied later, it would undo this commit
                     self.disk.remove(f"{commits.JOURNAL}/{row}")
@@ -493,14 +494,19 @@ class Store:
 
     # ------------------------------------------------- what a worker records
 
-    def begin(self, rows: Sequence[int]) -> list[int]:
-        """Count an attempt of each of some claimed rows, which ascend; the attempts so far, these included."""
-        records = self.layout.row_records(rows)
+    def begin(
+        self, rows: Sequence[int], *, complete: np.ndarray | None = None, records: np.ndarray | None = None
+    ) -> list[int]:
+        """Count an attempt of each of some claimed rows, which ascend; the attempts so far, these included.
+
+        `complete` and `records`: their flags and records, where the caller has read them since it claimed the rows.
+        """
+        records = self.layout.row_records(rows) if records is None else records
         attempts = [
             int(record["attempts"]) + 1 if commits.row_record_intact(record, row) else 1
             for row, record in zip(rows, records, strict=True)
         ]
-        self._write_rows(rows, commits.RUNNING, attempts, started=time.time(), finished=0.0)
+        self._write_rows(rows, commits.RUNNING, attempts, started=time.time(), finished=0.0, complete=complete)
         return attempts
 
     def fail(self, row: int, attempts: int, traceback: str, *, finished: float | None = None) -> Path:
@@ -518,10 +524,17 @@ class Store:
         self._write_rows([row], commits.PENDING, [max(0, attempts - 1)], started=0.0, finished=0.0)
 
     def _write_rows(
-        self, rows: Sequence[int], state: int, attempts: Sequence[int], *, started: float, finished: float
+        self,
+        rows: Sequence[int],
+        state: int,
+        attempts: Sequence[int],
+        *,
+        started: float,
+        finished: float,
+        complete: np.ndarray | None = None,
     ) -> None:
         # The record of a complete row belongs to the values that it holds until they are replaced.
-        fresh = [i for i, complete in enumerate(self.layout.completed(rows)) if not complete]
+        fresh = [i for i, flag in enumerate(self.layout.completed(rows) if complete is None else complete) if not flag]
         if not fresh:
             return
         records = [
