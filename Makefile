@@ -4,6 +4,7 @@
 #   make test      the tests              (make test ARGS="--runslow -k store")
 #   make lint      ruff and mypy
 #   make bench     the benchmarks; they print, and write nothing
+#   make ffcv      adds FFCV 1.0.2, which can read and write .beton files too
 #   make clean     removes .venv and what the tools cached
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter, PIP_FLAGS is handed to pip (say, for another index).
@@ -15,8 +16,9 @@ ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+OPENCV := /usr/include/opencv4
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench ffcv clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -35,6 +37,47 @@ bench: $(READY)
 	@for script in benchmarks/[a-z]*.py; do \
 	    [ -e "$$script" ] || continue; \
 	    echo "== $$script"; $(RUN) "$$script" $(ARGS) || exit 1; done
+
+# FFCV is built from source against OpenCV and TurboJPEG. Of OpenCV it wants all, and uses core and imgproc: a header and
+# a .pc file of these two spare 640 MB of packages.
+ffcv: $(READY)
+	@set -eu; \
+	if $(RUN) -c 'import ffcv' 2>/dev/null; then echo "FFCV is in $(VENV) already."; exit 0; fi; \
+	version=$$($(RUN) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	missing=; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	command -v pkg-config >/dev/null || missing="$$missing pkg-config"; \
+	pkg-config --exists libturbojpeg 2>/dev/null || missing="$$missing libturbojpeg0-dev"; \
+	pkg-config --exists opencv4 2>/dev/null || [ -e $(OPENCV)/opencv2/imgproc.hpp ] || \
+	    missing="$$missing libopencv-imgproc-dev"; \
+	$(RUN) -c 'import os, sys, sysconfig; \
+	    sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || \
+	    missing="$$missing python$$version-dev"; \
+	for library in GL.so.1:libgl1 glib-2.0.so.0:libglib2.0-0; do \
+	    $(RUN) -c "import ctypes; ctypes.CDLL('lib$${library%:*}')" 2>/dev/null || \
+	        missing="$$missing $${library#*:}"; \
+	done; \
+	if [ -n "$$missing" ]; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        apt-get update -q; apt-get install -q -y --no-install-recommends $$missing; \
+	    else \
+	        echo "FFCV is built from source, and its build needs what is not here yet. Please run (as root), then" >&2; \
+	        echo "make ffcv again; the names are those of Debian and Ubuntu:" >&2; \
+	        echo "    apt-get install --no-install-recommends$$missing" >&2; \
+	        echo "Nothing else needs FFCV: .beton files are read and written without it." >&2; exit 1; \
+	    fi; \
+	fi; \
+	if ! pkg-config --exists opencv4; then \
+	    mkdir -p $(VENV)/opencv/opencv2; \
+	    printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >$(VENV)/opencv/opencv2/opencv.hpp; \
+	    printf '%s\n' 'Name: opencv4' 'Description: core and imgproc' 'Version: 4' \
+	        'Cflags: -I$(CURDIR)/$(VENV)/opencv -I$(OPENCV)' 'Libs: -lopencv_imgproc -lopencv_core' \
+	        >$(VENV)/opencv/opencv4.pc; \
+	fi; \
+	PKG_CONFIG_PATH="$(CURDIR)/$(VENV)/opencv$${PKG_CONFIG_PATH:+:$$PKG_CONFIG_PATH}" \
+	    $(RUN) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+	    --config-settings editable_mode=compat -e '.[ffcv]'; \
+	$(RUN) -c 'import ffcv'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

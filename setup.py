@@ -12,6 +12,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "datamodels/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 README = HERE / "README.md"
+FFCV = ["ffcv==1.0.2", "pillow"]  # it imports pillow without saying so; its build needs headers: see make ffcv
 LINT = ["ruff", "mypy"]
 TEST = ["pytest", "hypothesis"]
 
@@ -29,6 +30,7 @@ setup(
     install_requires=[
         "fastargs",
         "matplotlib",
+        "numba",  # the CPU solver is compiled by it
         "numpy>=2",
         "pyyaml",  # fastargs imports it without saying so
         "scikit-learn",
@@ -38,7 +40,7 @@ setup(
         "torch",
         "tqdm",
     ],
-    extras_require={"lint": LINT, "test": TEST},
+    extras_require={"ffcv": FFCV, "lint": LINT, "test": TEST},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
