@@ -75,8 +75,7 @@ def run_pool(
             executor.start(number)
         while executor.running():
             time.sleep(0.2)
-            watch.look()
-            if judge.hopeless(executor.running()):
+            if judge.hopeless(executor.running(), watch.look()):
                 _stop(executor, store)
                 watch.close()
                 say(
@@ -199,18 +198,18 @@ class Judge:
         self._began, self._began_with = time.time(), self._completed
         self._next, self._doubts = time.monotonic(), 0
 
-    def hopeless(self, workers: int) -> bool:
+    def hopeless(self, workers: int, completed: int) -> bool:
         """Whether, since the pool began, every worker has failed rows, many in all, and none was finished.
 
-        A row that has been in hand for longer than any took to fail may well be finished: rows of one kind stand
-        together, and those that are no good are often the first to end. Asked twice, for what fails in less than a
-        second costs little.
+        `completed`: how many rows of the store are complete now. A row that has been in hand for longer than any took
+        to fail may well be finished: rows of one kind stand together, and those that are no good are often the first to
+        end. Asked twice, for what fails in less than a second costs little.
         """
         if time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + 1
-        if int(self._store.completed().sum()) > self._began_with:
-            self._next = float("inf")
+        if completed > self._began_with:
+            self._next = float("inf")  # never again
             return False
         records = self._store.layout.row_records()
         failed = records[(records["state"] == commits.FAILED) & (records["finished"] >= self._began)]
@@ -263,7 +262,8 @@ class Watch:
             **({"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 24}),
         )
 
-    def look(self) -> None:
+    def look(self) -> int:
+        """Show what has changed; how many rows are complete."""
         now = time.monotonic()
         done = int(self._store.completed().sum())
         if done != self._done:
@@ -282,6 +282,7 @@ class Watch:
         if self._lines and now > self._next:
             self._next = now + 15
             self._line(now)
+        return done
 
     def _line(self, now: float) -> None:
         rate = (self._done - self._first) / max(now - self._started, 1e-9)

@@ -421,25 +421,24 @@ def test_the_judge_asks_twice_and_looks_at_the_rows_in_hand(tmp_path):
             time.sleep(0.1 if row == 7 else 0)
             store.fail(row, 1, "bad")
             store.run.release(row, done=False)
-        assert not judge.hopeless(3)  # a third worker has not been heard of
+        assert not judge.hopeless(3, 0)  # a third worker has not been heard of
         time.sleep(1)
-        assert not judge.hopeless(2)  # the first time
+        assert not judge.hopeless(2, 0)  # the first time
         time.sleep(0.8)
         assert two.run.take(30)
         two.begin([30])
         time.sleep(1)
-        assert not judge.hopeless(2)  # it lasts longer than any took to fail
+        assert not judge.hopeless(2, 0)  # it lasts longer than any took to fail
         two.fail(30, 1, "bad")
         two.run.release(30, done=False)
         time.sleep(0.8)
         assert two.run.take(31)
         two.begin([31])
         time.sleep(0.25)
-        assert not judge.hopeless(2)  # no longer than one took: the first time
+        assert not judge.hopeless(2, 0)  # no longer than one took: the first time
         time.sleep(0.02)
         two.run.release(31, done=False)  # as if it had been killed: its record says that it is running
         time.sleep(1)
-        assert judge.hopeless(2)
-        one.commit_many([35], {"x": [1.0]})
+        assert judge.hopeless(2, 0)
         time.sleep(1)
-        assert not judge.hopeless(2)
+        assert not judge.hopeless(2, 1)
