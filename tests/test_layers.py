@@ -209,7 +209,16 @@ def test_worker_and_pool_run_without_torch(no_torch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["initialize_logdir", "worker", "pool", "store", "regression.compute_datamodels", "training.worker"]
+    "module",
+    [
+        "initialize_logdir",
+        "worker",
+        "pool",
+        "store",
+        "regression.compute_datamodels",
+        "regression.write_dataset",
+        "training.worker",
+    ],
 )
 def test_help_loads_nothing_heavy(no_torch, tmp_path, module):
     for name in ("sklearn", "matplotlib", "yaml"):
