@@ -45,12 +45,13 @@ def open_device(name: str) -> torch.device:
 class Columns:
     """The columns of some rows on a device: `bits` (p padded, n padded / 8) uint8, or `values`, float64, less `origin`.
 
-    n, p: without padding.
+    n, p: without padding.  device: where tiles are made; they may be kept in the machine's memory and come over.
     """
 
     n: int
     p: int
     origin: np.ndarray
+    device: torch.device
     bits: torch.Tensor | None = None
     values: torch.Tensor | None = None
 
@@ -64,18 +65,12 @@ class Columns:
         """Rows with the padding."""
         return padded(self.n, ROWS)
 
-    @property
-    def device(self) -> torch.device:
-        held = self.bits if self.bits is not None else self.values
-        assert held is not None
-        return held.device
-
     def tile(self, which: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """These columns, (len, rows): 0 and 1, or values less their origin."""
-        if self.values is not None:
-            return self.values[which].to(dtype)
-        assert self.bits is not None
-        return unpack(self.bits[which], dtype)
+        kept = self.bits if self.bits is not None else self.values
+        assert kept is not None
+        some = kept[which if isinstance(which, slice) else which.to(kept.device)].to(self.device, non_blocking=True)
+        return some.to(dtype) if self.bits is None else unpack(some, dtype)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[slice]:
         """Slices of the columns, each as many as TILE_BYTES hold when unpacked."""
@@ -117,8 +112,15 @@ def is_binary(x: np.ndarray) -> bool:
     return all(bool(((part == 0) | (part == 1)).all()) for part in np.array_split(x, max(1, x.size // LOAD_VALUES)))
 
 
-def load(problem: Problem, rows: np.ndarray, use_bias: bool, device: torch.device, binary: bool) -> Columns:
-    """The columns of these rows on the device."""
+def load(
+    problem: Problem,
+    rows: np.ndarray,
+    use_bias: bool,
+    device: torch.device,
+    binary: bool,
+    keep: torch.device | None = None,
+) -> Columns:
+    """The columns of these rows on the device, or kept on another (in the machine's memory, say) for it."""
     x, n, p = problem.x, len(rows), problem.x.shape[1]
     width = padded(p, COLUMNS)
     step = max(ROWS, min(8192, LOAD_VALUES // p // ROWS * ROWS))
@@ -126,18 +128,18 @@ def load(problem: Problem, rows: np.ndarray, use_bias: bool, device: torch.devic
     if not binary and use_bias:
         origin = x.mean(axis=0, dtype=np.float64)
     if binary:
-        held = torch.zeros((width, padded(n, ROWS) // 8), dtype=torch.uint8, device=device)
+        held = torch.zeros((width, padded(n, ROWS) // 8), dtype=torch.uint8, device=keep or device)
     else:
-        held = torch.zeros((width, padded(n, ROWS)), dtype=torch.float64, device=device)
+        held = torch.zeros((width, padded(n, ROWS)), dtype=torch.float64, device=keep or device)
     for first in range(0, n, step):
         block = x[rows[first : first + step]]
         if binary:
             bits = torch.zeros((p, padded(len(block), 8)), dtype=torch.bool, device=device)
             bits[:, : len(block)] = torch.from_numpy(block if block.dtype == bool else block != 0).to(device).T
-            held[:p, first // 8 : first // 8 + bits.shape[1] // 8] = pack(bits)
+            held[:p, first // 8 : first // 8 + bits.shape[1] // 8] = pack(bits).to(held.device)
         else:
-            held[:p, first : first + len(block)] = torch.from_numpy(block.astype(np.float64) - origin).to(device).T
-    return Columns(n, p, origin, **{"bits" if binary else "values": held})
+            held[:p, first : first + len(block)] = torch.from_numpy(block.astype(np.float64) - origin).to(held.device).T
+    return Columns(n, p, origin, device, **{"bits" if binary else "values": held})
 
 
 def outcomes(problem: Problem, rows: np.ndarray, targets: slice, device: torch.device) -> torch.Tensor:
@@ -433,18 +435,76 @@ def groups(problem: Problem, at_once: int, width: int, device: torch.device) -> 
 
 
 def gap_of(
-    u: torch.Tensor, g: torch.Tensor, rr: torch.Tensor, lam: torch.Tensor, penalty: torch.Tensor, inverse: torch.Tensor
+    u: torch.Tensor,
+    g: torch.Tensor,
+    rr: torch.Tensor,
+    lam: torch.Tensor,
+    penalty: torch.Tensor,
+    inverse: torch.Tensor,
+    top: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Duality gap (B,), absolute, of standardised weights u and Zᵀr/n = g, both (B, m), with rr = ‖r‖²/n.
 
     With s = min(1, lam / max |g_j| / v_j) it is (1 − s)² rr / 2 + Σ (lam v_j |u_j| − s u_j g_j): a sum of terms that
     are not negative, and all small near the optimum, so nothing cancels. (Equal to P − D of lasso.certify.)
+    top (B,): that largest |g_j| / v_j, where there are more columns than these.
     """
-    top = (g.abs() * inverse).amax(1).double()
+    top = (g.abs() * inverse).amax(1).double() if top is None else top
     s = torch.where(top > lam, lam / top, torch.ones_like(top))
     terms = lam.to(u.dtype)[:, None] * penalty * u.abs()
     terms -= s.to(u.dtype)[:, None] * (u * g)
     return (1 - s).square() * rr / 2 + terms.sum(1, dtype=torch.float64)
+
+
+class OnDevice:
+    """A problem on a device: columns of the training and of the validation rows, outcomes when asked for, scales.
+
+    scales: of the training rows and of all; their y_mean, power and constant are filled in group by group.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        use_bias: bool,
+        device: torch.device,
+        binary: bool,
+        keep: torch.device | None = None,
+    ) -> None:
+        self.problem, self.use_bias, self.device, T = problem, use_bias, device, problem.y.shape[1]
+        self.parts = [load(problem, rows, use_bias, device, binary, keep) for rows in (problem.train, problem.val)]
+        self.x_sums = [column_sums(part) for part in self.parts]
+        nothing = [torch.zeros((1, part.rows), dtype=torch.float64, device=device) for part in self.parts]
+        found = scales(self.parts, nothing, self.x_sums, use_bias)
+        self.train, self.full = (
+            replace(scale, y_mean=np.zeros(T), power=np.zeros(T), constant=np.zeros(T, dtype=bool)) for scale in found
+        )
+        self.held: tuple[np.ndarray, list[torch.Tensor]] | None = None
+
+    @property
+    def width(self) -> int:
+        return self.parts[0].width
+
+    def outcomes(self, targets: np.ndarray) -> list[torch.Tensor]:
+        """Of both parts; the last ones asked for are held, which are all there are when one group has them."""
+        if self.held is None or not np.array_equal(self.held[0], targets):
+            self.held = None
+            rows = (self.problem.train, self.problem.val)
+            self.held = targets, [target_outcomes(self.problem, some, targets, self.device) for some in rows]
+        return self.held[1]
+
+    def units(self, group: Group, y: list[torch.Tensor]) -> tuple[Units, Units]:
+        """Of the training rows and of all, with these targets' means."""
+        found = scales(self.parts, y, self.x_sums, self.use_bias)
+        for into, scale in zip((self.train, self.full), found, strict=True):
+            into.y_mean[group.targets] = scale.y_mean
+            into.power[group.targets] = scale.power
+            into.constant[group.targets] = scale.constant
+        return Units.of(found[0], self.parts[0]), Units.of(found[1], self.parts[0])
+
+    def span(self, group: Group, parts: list[Columns], units: Units) -> Span | None:
+        if not len(group.unpenalised):
+            return None
+        return Span.of(parts, units, torch.from_numpy(group.unpenalised).to(self.device))
 
 
 def certify(

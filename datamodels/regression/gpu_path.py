@@ -61,11 +61,11 @@ from datamodels.regression.gpu_columns import (
     TILE_BYTES,
     Columns,
     Group,
+    OnDevice,
     Span,
     Units,
     added,
     certify,
-    column_sums,
     fresh,
     gap_of,
     groups,
@@ -73,14 +73,11 @@ from datamodels.regression.gpu_columns import (
     has_half_product,
     is_binary,
     limbs,
-    load,
     open_device,
     padded,
     predictions,
-    scales,
     slices,
     standardised,
-    target_outcomes,
 )
 from datamodels.regression.gpu_prox import minimise
 from datamodels.regression.lasso import PathOptions, Solution, float32_at_least
@@ -98,6 +95,7 @@ EXACT_IN_HALF = 2048
 SIZES = np.array([16 * 2**i * (2 + j) // 2 for i in range(16) for j in range(2)])  # 16, 24, 32, 48, …
 SMALL = 256  # local problems up to this size are always gathered
 DENSE = 12  # and larger ones while they have less than a 12th of the columns
+FEWEST = 32  # targets at a time; with room for fewer, gpu_tiles is asked
 WORK = {"half": torch.float32, "single": torch.float32, "double": torch.float64}
 VALUES = {"cuda": 1 << 29, "cpu": 1 << 23}  # of local Gram matrices, or of the rows of p × T arrays, at a time
 
@@ -131,7 +129,7 @@ class Gram:
         self._count([part], self.counts)
 
     def counts(self, i: slice, j: slice) -> torch.Tensor:
-        """C (int32) of these rows and columns, exactly as it was counted; of columns that vary."""
+        """C (int32) of these rows and columns, exactly as it was counted."""
         entries = added(part[i, j].double() * factor for part, factor in zip(self.entries, self.factors, strict=True))
         counts = (entries * self.per_count).round() + torch.outer(self.a[i], self.a[j])
         if i == j:
@@ -146,8 +144,7 @@ class Gram:
         ones = torch.cat([added(part.tile(i, torch.int8).sum(1, dtype=torch.int64) for part in parts) for i in tiles])
         if before is not None:
             ones += self.ones.long()
-        varies = self.units.inverse_sd > 0
-        a = (ones.double() / math.sqrt(n)).round() * varies
+        a = (ones.double() / math.sqrt(n)).round()
         per_count = 2.0 ** max(0, math.ceil(math.log2(n / 32768)))  # float16 ends at 65504
         self.largest, second = 0.0, len(self.entries) > 1
         for at, i in enumerate(tiles):
@@ -163,7 +160,6 @@ class Gram:
                     count.diagonal().zero_()
                 entries = count.double() if self.precision == "double" else count.float()
                 entries -= torch.outer(a[i], a[j]).to(entries.dtype)  # both below 2²⁴: exact in float32
-                entries *= torch.outer(varies[i], varies[j])
                 if i == j:
                     entries.diagonal().zero_()
                 self.largest = max(self.largest, float(entries.abs().amax()))
@@ -172,7 +168,7 @@ class Gram:
         self.factors = [1.0, 1.0][: len(self.entries)]
         self.unit = per_count / n
         self.scale = self.units.inverse_sd.to(self.work)
-        self.diagonal = ((ones.double() - a.square()) / n * varies).to(self.work)
+        self.diagonal = ((ones.double() - a.square()) / n).to(self.work)
         shift = self.units.shift
         self.norms = (ones.double() / n - shift.square()) * self.units.inverse_sd.square()
         e = a / math.sqrt(n) - shift
@@ -483,10 +479,12 @@ def solve(
     n, (_, p), T = len(problem.train) + len(problem.val), problem.x.shape, problem.y.shape[1]
     binary, there = is_binary(problem.x), available(where)
     fixed, each = needs(n, p, binary, precision, problem.penalty is not None and problem.penalty.ndim == 2, where.type)
-    if there is not None and fixed + min(T, 32) * each > there:
+    if there is not None and fixed + min(T, FEWEST) * each > there:
         from datamodels.regression import gpu_tiles
 
-        return gpu_tiles.solve(problem, options, use_bias, workers, progress, device)
+        return gpu_tiles.solve(
+            problem, options, use_bias, workers, progress, device, precision=precision, stage=stage
+        )
     at_once = T if there is None else max(1, min(T, int((there - fixed) // each)))
     fit = Fit(problem, options, use_bias, where, precision, engine, at_once, progress, stage or (lambda name: None))
     with torch.no_grad():
@@ -538,22 +536,16 @@ class Fit:
         self.precision, self.engine, self.at_once = precision, engine, at_once
         self.progress, self.stage = progress, stage
         self.work = WORK[precision]
-        self.held: tuple[np.ndarray, list[torch.Tensor]] | None = None
         self.starts: dict[int, torch.Tensor] = {}  # of the groups: weights at the chosen lambda, train's units
 
     def run(self, binary: bool) -> Solution:
         problem, T = self.problem, self.problem.y.shape[1]
         self.stage("columns")
-        self.parts = [load(problem, rows, self.use_bias, self.device, binary) for rows in (problem.train, problem.val)]
-        self.x_sums = [column_sums(part) for part in self.parts]
-        nothing = [torch.zeros((1, part.rows), dtype=torch.float64, device=self.device) for part in self.parts]
-        self.scales = tuple(
-            replace(scale, y_mean=np.zeros(T), power=np.zeros(T), constant=np.zeros(T, dtype=bool))
-            for scale in scales(self.parts, nothing, self.x_sums, self.use_bias)
-        )
-        train, full = (Units.of(scale, self.parts[0]) for scale in self.scales)
+        self.data = OnDevice(problem, self.use_bias, self.device, binary)
+        self.parts = self.data.parts
+        train, full = (Units.of(scale, self.parts[0]) for scale in (self.data.train, self.data.full))
         p = problem.x.shape[1]
-        self.solution = Solution.empty(p, T, self.options.k, *self.scales)
+        self.solution = Solution.empty(p, T, self.options.k, self.data.train, self.data.full)
 
         self.stage("gram")
         gram = Gram(self.parts[:1], train, self.precision)
@@ -571,37 +563,14 @@ class Fit:
         return self.solution
 
     def _groups(self) -> Any:
-        return groups(self.problem, self.at_once, self.parts[0].width, self.device)
-
-    def _outcomes(self, targets: np.ndarray) -> list[torch.Tensor]:
-        """Of the train and validation rows; the last ones are held, which are all there are when one group has them."""
-        if self.held is None or not np.array_equal(self.held[0], targets):
-            self.held = None
-            rows = (self.problem.train, self.problem.val)
-            self.held = targets, [target_outcomes(self.problem, some, targets, self.device) for some in rows]
-        return self.held[1]
-
-    def _units(self, group: Group, y: list[torch.Tensor]) -> tuple[Units, Units]:
-        """The scales of these targets, which are also filled in for the answer."""
-        found = scales(self.parts, y, self.x_sums, self.use_bias)
-        for into, scale in zip(self.scales, found, strict=True):
-            into.y_mean[group.targets] = scale.y_mean
-            into.power[group.targets] = scale.power
-            into.constant[group.targets] = scale.constant
-        train, full = (Units.of(scale, self.parts[0]) for scale in found)
-        return train, full
-
-    def _span(self, group: Group, parts: list[Columns], units: Units) -> Span | None:
-        if not len(group.unpenalised):
-            return None
-        return Span.of(parts, units, torch.from_numpy(group.unpenalised).to(self.device))
+        return groups(self.problem, self.at_once, self.data.width, self.device)
 
     def _path(self, gram: Gram, i: int, group: Group) -> None:
         options, into, targets = self.options, self.solution, group.targets
         self.stage("outcomes")
-        y = self._outcomes(targets)
-        units, _ = self._units(group, y)
-        span, group = self._span(group, self.parts[:1], units), group.on(units)
+        y = self.data.outcomes(targets)
+        units, _ = self.data.units(group, y)
+        span, group = self.data.span(group, self.parts[:1], units), group.on(units)
 
         self.stage("XᵀY")
         width = gram.width
@@ -618,7 +587,7 @@ class Fit:
             yy = yy - span.project(q)[0]
         lam_max = (q.abs() * group.inverse).amax(1)
         nothing = (lam_max <= 1e-12 * power.sqrt()) | (yy <= 1e-20 * power)
-        nothing |= torch.from_numpy(self.scales[0].constant[targets]).to(self.device)
+        nothing |= torch.from_numpy(self.data.train.constant[targets]).to(self.device)
         going = (~nothing).nonzero()[:, 0]
 
         self.stage("path")
@@ -644,13 +613,14 @@ class Fit:
         into.path_lam[0, named], into.path_mse[0, named] = grid[state.number.cpu().numpy(), 0], error
         into.path_nnz[0, named] = 0
         into.r2_train[named] = (1 - state.rr / power[state.number]).cpu().numpy()
-        into.r2_val[named] = _explained(best_error, val_power[state.number.cpu().numpy()])
+        into.r2_val[named] = explained(best_error, val_power[state.number.cpu().numpy()])
         if options.k == 1:
             state, at = state.keep(state.number[:0]), at[:0]
         while len(at):
             row = state.number.cpu().numpy()
             lam_now, lam_before = grid[row, at], grid[row, at - 1]
-            lam, screen = (torch.from_numpy(v).to(self.device) for v in (lam_now, 2 * lam_now - lam_before))
+            screen_now = np.maximum(2 * lam_now - lam_before, lam_now / 2)
+            lam, screen = (torch.from_numpy(v).to(self.device) for v in (lam_now, screen_now))
             gap = advance(gram, span, state, lam, screen, PATH_TOL, self.engine).cpu().numpy()
             rounds += 1
             arrived = np.flatnonzero((gap <= PATH_TOL) | (rounds >= MAX_ROUNDS))
@@ -670,7 +640,7 @@ class Fit:
             into.best[named[better]] = step[better]
             start[there.number[of_arrived].to(start.device)] = there.u[of_arrived].float().to(start.device)
             into.r2_train[named[better]] = (1 - there.rr[of_arrived] / power[there.number[of_arrived]]).cpu().numpy()
-            into.r2_val[named[better]] = _explained(error[better], val_power[row[chosen]])
+            into.r2_val[named[better]] = explained(error[better], val_power[row[chosen]])
             turned = step - into.best[named] >= options.patience
             into.turned[named[turned]] = True
             at[arrived] += 1
@@ -744,13 +714,13 @@ class Fit:
     def _refit(self, gram: Gram, i: int, group: Group) -> None:
         options, into, targets = self.options, self.solution, group.targets
         self.stage("outcomes")
-        y = self._outcomes(targets)
-        train, units = self._units(group, y)
-        span, group = self._span(group, self.parts, units), group.on(units)
+        y = self.data.outcomes(targets)
+        train, units = self.data.units(group, y)
+        span, group = self.data.span(group, self.parts, units), group.on(units)
         self.stage("refit")
         weight = (self.starts.pop(i).to(self.device).double() * train.inverse_sd).float()
         lam = torch.from_numpy(into.lam[targets]).to(self.device)
-        yy = torch.from_numpy(self.scales[1].power[targets].copy()).to(self.device)
+        yy = torch.from_numpy(self.data.full.power[targets].copy()).to(self.device)
         if span is not None:
             yy = yy - span.explained(self.parts, y, units)
         yy = torch.where(yy > 0, yy, torch.ones_like(yy))
@@ -767,10 +737,10 @@ class Fit:
             penalties = group.some(rows)
             if again == 0:  # nothing to select on the training rows: 0 is the solution at the lambda_max of all rows
                 empty = lam.isnan().nonzero()[:, 0]
-                constant = self.scales[1].constant[targets]
+                constant = self.data.full.constant[targets]
                 inverse = group.some(empty).inverse
                 for t, value in zip(empty.tolist(), (g[empty].abs() * inverse).amax(1).tolist(), strict=True):
-                    into.lam[targets[t]] = lam[t] = 0.0 if constant[t] else float(float32_at_least(value))
+                    into.lam[targets[t]] = lam[t] = 0.0 if constant[t] else float(float32_at_least(np.float64(value)))
             u = weight[rows].double() * units.sd
             gap = gap_of(u, g, rr, lam[rows], penalties.penalty, penalties.inverse) / (yy[rows] / 2)
             missed = (gap > options.tol) & (gap < 0.5 * last[rows]) & (lam[rows] > 0)
@@ -809,6 +779,6 @@ class Fit:
                 rows, moving = rows[keep], moving.keep(keep)
 
 
-def _explained(error: np.ndarray, power: np.ndarray) -> np.ndarray:
+def explained(error: np.ndarray, power: np.ndarray) -> np.ndarray:
     """1 − error / power, NaN where there is no power."""
     return np.where(power > 0, 1 - error / np.where(power > 0, power, 1.0), np.nan)
