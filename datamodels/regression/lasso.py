@@ -3,10 +3,11 @@
 For each target, with sd_j the population standard deviation of column j over the rows of the fit, the problem
 is
 
-    minimise over (w, b)   1/(2n) ‖y − X w − b‖² + lam · Σ_j sd_j |w_j|
+    minimise over (w, b)   1/(2n) ‖y − o − X w − b‖² + lam · Σ_j v_j sd_j |w_j|
 
-This file states the problem, chooses a solver and checks the answer. A solver is one other file: `sklearn_path`, on a
-Gram matrix, and `wide_path`, for fewer rows than columns.
+where o is the target's offset and v_j the penalty of the column. This file states the problem, chooses a solver and
+checks the answer. A solver is one other file: `gram_path`, on a Gram matrix, `wide_path`, for fewer rows than columns,
+`gpu_path`, and `fast_l1`, which calls the released code's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
+from threading import Event
 from types import ModuleType
 
 import numpy as np
@@ -24,6 +27,7 @@ from datamodels.regression import memory
 from datamodels.regression.datamodel import CONSTANT, END_OF_PATH, TURNED, Datamodel, RegularizationPath
 from datamodels.regression.problem import Problem
 from datamodels.regression.scale import BLOCK_VALUES, Scale, row_blocks
+from datamodels.regression.threads import each_chunk
 
 # On digits (1,000 columns, 797 targets) twice the lambdas and twice the patience gave the same LDS to .0002 for 1.7
 # times the work; eps is so far down that no path from 500 to 4,000 rows came to its end.
@@ -31,7 +35,9 @@ DEFAULT_K = 50
 DEFAULT_EPS = 1e-3
 DEFAULT_PATIENCE = 3
 DEFAULT_TOL = 1e-5
-CERTIFY_VALUES = 1 << 22  # weights whose gradients are held at a time
+SOLVERS = ("auto", "cpu", "gpu", "fast_l1", "gram", "wide")
+WIDE = 20_000, 20  # more columns than that, or than that many per row, and more than rows: a Gram matrix does not pay
+CERTIFIED = 64  # targets at a time; real columns need them padded to it, for BLAS rounds other shapes otherwise
 
 
 class RegressionWarning(UserWarning):
@@ -116,28 +122,37 @@ def fit(
     use_bias: bool = True,
     workers: int | None = None,
     progress: Callable[[int], None] | None = None,
-    _solver: str | None = None,
+    solver: str = "auto",
+    device: str | None = None,
 ) -> Datamodel:
     """Datamodel of every target: path on training rows, lambda by validation rows, refit on both.
 
     k, eps, patience, tol: see PathOptions; weights are float32, which ends what tol can ask for near 1e-7.
     workers: threads, None for one per usable core.
     progress: called with the number of targets that were just finished.
+    solver: one of SOLVERS; "cpu" is "gram" or "wide", whichever suits the shape.  device: of "gpu", None for "cuda".
 
     Constant columns get weight 0, constant targets weight 0 and their value as the bias. Warns
     (RegressionWarning), by name, of constant targets, of targets whose validation minimum lies at an end of
     the path, and of targets that miss `tol`. Raises RegressionError for options out of range.
     """
     options = PathOptions(k=k, eps=eps, patience=patience, tol=tol)
-    x, y = problem.x, problem.y
+    problem = _as_masks(problem)
     workers = _count_workers(workers)
-    solver = _choose_solver(problem, workers, only=_solver)
-    found = solver.solve(problem, options, use_bias, workers, progress or (lambda done: None))
+    chosen, workers = _choose_solver(problem, workers, solver)
+    if device is not None and chosen.NAME != "gpu":
+        raise RegressionError(f"device={device!r} is for solver='gpu', not for {chosen.NAME!r}; leave it out")
+    extra = {} if device is None else {"device": device}
+    found = chosen.solve(problem, options, use_bias, workers, progress or (lambda done: None), **extra)
 
     full, weight = found.full, found.weight
-    bias = (full.y_mean - _predictions_at(full.mean, weight)).astype(np.float32)
+    bias = (full.y_mean - _predictions_at(full.mean, weight)).astype(np.float32) if use_bias else np.zeros(
+        weight.shape[1], dtype=np.float32
+    )  # fmt: skip
     rows = np.sort(np.concatenate([problem.train, problem.val]))
-    gap, kkt = certify(x, y, rows, weight, found.lam, full.sd, use_bias)
+    gap, kkt = certify(
+        problem.x, problem.y, rows, weight, found.lam, full.sd, use_bias, problem.penalty, problem.offset, workers
+    )
     ended = tuple(
         CONSTANT if constant else TURNED if turned else END_OF_PATH
         for constant, turned in zip(found.train.constant, found.turned, strict=True)
@@ -164,7 +179,7 @@ def fit(
             "patience": patience,
             "tol": tol,
             "use_bias": use_bias,
-            "solver": solver.NAME,
+            "solver": chosen.NAME,
         },
         path=RegularizationPath(lam=found.path_lam, val_mse=found.path_mse, nnz=found.path_nnz),
     )
@@ -178,97 +193,166 @@ def certify(
     lam: np.ndarray,
     sd: np.ndarray,
     use_bias: bool,
+    penalty: np.ndarray | None = None,
+    offset: np.ndarray | None = None,
+    workers: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Relative duality gap (T,) and KKT violation / lam (T,) of these weights, from a fresh float64 residual.
 
-    With r = y − X w and r0 = y, each less its mean if there is a bias, g = Xᵀr / n and s the largest number ≤
-    1 with s |g_j| ≤ lam sd_j for all j:
+    With r = y − o − X w and r0 = y − o, each less its mean if there is a bias, both less their projections on the
+    columns with v_j = 0, g = Xᵀr / n and s the largest number ≤ 1 with s |g_j| ≤ lam v_j sd_j for all other j:
 
-        P = ‖r‖²/2n + lam Σ sd_j |w_j|,   D = (‖r0‖² − ‖r0 − s r‖²) / 2n,   gap = (P − D) / (‖r0‖²/2n)
+        P = ‖y − o − X w‖²/2n + lam Σ v_j sd_j |w_j|,   D = (‖r0‖² − ‖r0 − s r‖²) / 2n,   gap = (P − D) / (‖r0‖²/2n)
 
-    and the absolute P − D where r0 = 0. The violation is the distance of g_j / sd_j from lam · sign(w_j), or
-    from [−lam, lam] where w_j = 0, at its largest over the columns; absolute where lam = 0.
+    and the absolute P − D where r0 = 0. The violation is the distance of Xᵀ(y − o − X w)/n sd_j from
+    lam v_j sign(w_j), or from [−lam v_j, lam v_j] where w_j = 0, at its largest over the columns; absolute where
+    lam = 0. Products with 0/1 columns are those of integers.py, which round no more than float64 does.
     """
     n, T = len(rows), weight.shape[1]
     gap, kkt = np.zeros(T), np.zeros(T)
-    varies = sd > 0
-    blocks = list(row_blocks(np.arange(n), len(weight)))
-    step = _certified_at_a_time(len(weight))
-    for first in range(0, T, step):
-        some = slice(first, first + step)
-        w = weight[:, some].astype(np.float64)
-        residual = y[rows, some].astype(np.float64)
-        residual0 = residual - residual.mean(axis=0) if use_bias else residual.copy()
-        for block in blocks:
-            residual[block] -= x[rows[block]].astype(np.float64) @ w
-        if use_bias:
-            residual -= residual.mean(axis=0)
-        gradient = np.zeros_like(w)
-        for block in blocks:
-            gradient += x[rows[block]].astype(np.float64).T @ residual[block]
-        g = gradient[varies] / (n * sd[varies, None])
-        u = w[varies] * sd[varies, None]
+    own = x if n == len(x) and (rows == np.arange(n)).all() else x[rows]
+    varies = np.flatnonzero(sd > 0)
+    shrunk = np.ones((len(weight), T)) if penalty is None else penalty if penalty.ndim == 2 else penalty[:, None]
+    bases: dict[bytes, np.ndarray] = {}
 
-        bound = lam[some]
-        top = np.abs(g).max(axis=0, initial=0.0)
-        s = np.divide(bound, top, out=np.ones_like(top), where=top > bound)
-        rr, r0r0 = (residual**2).sum(axis=0), (residual0**2).sum(axis=0)
-        primal = rr / (2 * n) + bound * np.abs(u).sum(axis=0)
-        dual = s * (residual0 * residual).sum(axis=0) / n - s**2 * rr / (2 * n)
-        fitted = r0r0 > (1e-12 * np.abs(y[rows, some]).max(axis=0)) ** 2 * n  # else r0 is 0 but for rounding
+    def basis(free: np.ndarray) -> np.ndarray:
+        """Orthonormal columns (n, r) that span those of x which are not shrunk."""
+        if free.tobytes() not in bases:
+            part = own[:, free].astype(np.float64)
+            part = part - part.mean(axis=0) if use_bias else part
+            left, size, _ = np.linalg.svd(part / np.sqrt((part**2).sum(axis=0)), full_matrices=False)
+            bases[free.tobytes()] = left[:, size > 1e-7 * size[0]]
+        return bases[free.tobytes()]
+
+    def chunk(some: slice) -> int:
+        # Outcomes are rows here: their sums then do not depend on how many targets there are.
+        w = np.ascontiguousarray(weight[:, some].T, dtype=np.float64)
+        r0 = y[rows, some].astype(np.float64)
+        r0 = np.ascontiguousarray((r0 if offset is None else r0 - offset[rows, some]).T)
+        highest = np.abs(r0).max(axis=1)
+        r = r0 - _times(own, w)
+        if use_bias:
+            r0 -= r0.mean(axis=1, keepdims=True)
+            r -= r.mean(axis=1, keepdims=True)
+        v = np.ascontiguousarray(np.broadcast_to(shrunk[:, some] if shrunk.shape[1] > 1 else shrunk, w.T.shape).T)
+        v = v[:, varies].astype(np.float64)
+        plain, of_plain = r, _gradient(own, r)[:, varies] / (n * sd[varies])
+        g = of_plain
+        if (v == 0).any():
+            plain, r = r, r.copy()
+            for b in np.flatnonzero((v == 0).any(axis=1)):
+                q = basis(varies[v[b] == 0])
+                r0[b] -= q @ (q.T @ r0[b])
+                r[b] -= q @ (q.T @ r[b])
+            g = _gradient(own, r)[:, varies] / (n * sd[varies])
+        u = w[:, varies] * sd[varies]
+
+        bound = lam[some, None] * v
+        over = np.divide(np.abs(g), bound, out=np.zeros_like(g), where=(v > 0) & (bound > 0))
+        over[(v > 0) & (bound == 0) & (np.abs(g) > 0)] = np.inf
+        s = 1 / np.maximum(over.max(axis=1, initial=0.0), 1.0)
+        rr, r0r0 = (r**2).sum(axis=1), (r0**2).sum(axis=1)
+        primal = (plain**2).sum(axis=1) / (2 * n) + (bound * np.abs(u)).sum(axis=1)
+        dual = s * (r0 * r).sum(axis=1) / n - s**2 * rr / (2 * n)
+        fitted = r0r0 > (1e-12 * highest) ** 2 * n  # else r0 is 0 but for rounding
         gap[some] = np.where(fitted, (primal - dual) / np.where(fitted, r0r0 / (2 * n), 1.0), primal - dual)
-        violation = np.where(u != 0, np.abs(g - bound * np.sign(u)), np.maximum(np.abs(g) - bound, 0.0))
-        kkt[some] = violation.max(axis=0, initial=0.0) / np.where(bound > 0, bound, 1.0)
+        violation = np.where(u != 0, np.abs(of_plain - bound * np.sign(u)), np.maximum(np.abs(of_plain) - bound, 0.0))
+        kkt[some] = violation.max(axis=1, initial=0.0) / np.where(lam[some] > 0, lam[some], 1.0)
+        return 0
+
+    for _ in each_chunk(chunk, T, workers, CERTIFIED, Event()):
+        pass
     return gap, kkt
 
 
-def _choose_solver(problem: Problem, workers: int, only: str | None = None) -> ModuleType:
-    """The faster solver for this shape, or the other where that alone fits into memory; RegressionError if none does.
+def _times(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """(B, n): x @ w.T, of x (n, p) and w (B, p)."""
+    if x.dtype == bool:
+        from datamodels.regression import integers
 
-    With fewer rows than columns a Gram matrix is more work than the columns themselves: on two kinds of 0/1 problems
-    (20 columns that matter, and half of all) wide_path took 1/2 to 1/5 of the time at 2 columns a row and 1/13 at 4 to
-    6; at one column a row they were equal, and at a row and more per column the Gram matrix was up to 8 times faster.
+        return integers.rows_times(x, w)
+    out = np.empty((len(w), len(x)))
+    for rows in row_blocks(np.arange(len(x)), x.shape[1]):
+        out[:, rows] = (_padded(w) @ x[rows].astype(np.float64).T)[: len(w)]
+    return out
+
+
+def _gradient(x: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """(B, p): r @ x, of x (n, p) and r (B, n)."""
+    if x.dtype == bool:
+        from datamodels.regression import integers
+
+        return integers.times_columns(r, x)
+    out = np.zeros((CERTIFIED, x.shape[1]))
+    for rows in row_blocks(np.arange(len(x)), x.shape[1]):
+        out += _padded(r[:, rows]) @ x[rows].astype(np.float64)
+    return out[: len(r)]
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    out = np.zeros((CERTIFIED, values.shape[1]))
+    out[: len(values)] = values
+    return out
+
+
+def _as_masks(problem: Problem) -> Problem:
+    """The same problem; integers that are all 0 or 1 are masks, for which everything is faster and exact."""
+    x = problem.x
+    if x.dtype.kind in "iu" and x.min() >= 0 and x.max() <= 1:
+        return replace(problem, x=x.astype(bool))
+    return problem
+
+
+def _choose_solver(problem: Problem, workers: int, name: str = "auto") -> tuple[ModuleType, int]:
+    """The solver, and how many workers memory allows it; RegressionError if none of those in question fits.
+
+    A Gram matrix costs 13 ns per entry and 1.1 µs · p per target; without one a target costs 5 ms + .8 ns · n p (0/1
+    columns, one core). For hundreds to thousands of targets they are equal about where WIDE says. The choice does not
+    depend on the number of targets, since a target's answer must not.
     """
-    from datamodels.regression import sklearn_path, wide_path
+    if name not in SOLVERS:
+        raise RegressionError(f"solver={name!r}: one of {', '.join(SOLVERS)} is needed")
+    if name in ("gpu", "fast_l1"):
+        return import_module(f"datamodels.regression.{'gpu_path' if name == 'gpu' else name}"), workers
+    from datamodels.regression import gram_path, wide_path
 
     n, p, T = len(problem.train) + len(problem.val), problem.x.shape[1], problem.y.shape[1]
-    solvers = [wide_path, sklearn_path] if n < p else [sklearn_path, wide_path]
-    if only is not None:
-        solvers = [solver for solver in solvers if only == solver.NAME]
+    solvers = [wide_path, gram_path] if p > n and (p > WIDE[0] or p > WIDE[1] * n) else [gram_path, wide_path]
+    if name in ("gram", "wide"):
+        solvers = [solver for solver in solvers if name == solver.NAME]
     there = memory.available()
     if there is None:
-        return solvers[0]
+        return solvers[0], workers
     for solver in solvers:
-        if _needed(solver, problem, T, workers) <= there:
-            return solver
+        fewer = workers
+        while fewer > 1 and _needed(solver, problem, T, fewer) > there:
+            fewer //= 2
+        if _needed(solver, problem, T, fewer) <= there:
+            return solver, fewer
 
-    needs = {solver: _needed(solver, problem, T, workers) for solver in solvers}
+    needs = {solver: _needed(solver, problem, T, 1) for solver in solvers}
     least = min(solvers, key=lambda solver: needs[solver])
     some = T
-    while some > 1 and _needed(least, problem, some, workers) > there:
+    while some > 1 and _needed(least, problem, some, 1) > there:
         some //= 2
     advice = "fit fewer rows (data.num_train, data.num_val)"
-    if _needed(least, problem, some, workers) <= there:
+    if _needed(least, problem, some, 1) <= there:
         advice = (
             f"fit fewer targets at a time (data.target_start_ind, data.target_end_ind): {some} need "
-            f"{memory.gigabytes(_needed(least, problem, some, workers))}, and no target's answer depends on the "
+            f"{memory.gigabytes(_needed(least, problem, some, 1))}, and no target's answer depends on the "
             f"others; or {advice}"
         )
     memory.require(needs[least], f"the fit of {n} rows, {p} columns and {T} targets", advice)
-    return least
+    return least, 1
 
 
 def _needed(solver: ModuleType, problem: Problem, T: int, workers: int) -> int:
     """Bytes that the fit of T targets takes at its largest, beside the problem: weights, and solver or certificate."""
     n, p = len(problem.train) + len(problem.val), problem.x.shape[1]
-    block = min(n * p, BLOCK_VALUES)
-    certificate = 8 * (10 * p * min(T, _certified_at_a_time(p)) + 4 * n * min(T, 256)) + 10 * block
+    some, busy = min(T, CERTIFIED), min(workers, -(-T // CERTIFIED))
+    block = 0 if problem.x.dtype == bool else 10 * min(n * p, BLOCK_VALUES)
+    certificate = block + busy * 8 * some * (12 * p + 12 * n)
     return 4 * p * T + max(solver.memory(n, p, T, problem.x.dtype, workers), certificate)
-
-
-def _certified_at_a_time(p: int) -> int:
-    """Targets; it bounds the gradients that are held."""
-    return max(16, min(256, CERTIFY_VALUES // p))
 
 
 def _warn(problem: Problem, options: PathOptions, found: Solution, gap: np.ndarray) -> None:
@@ -307,10 +391,11 @@ def float32_at_least(value: float) -> np.float32:
 
 
 def _predictions_at(mean: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """mean @ weight (T,), in float64 without a second matrix of weights in it."""
-    out = np.zeros(weight.shape[1])
-    for block in row_blocks(np.arange(len(weight)), weight.shape[1]):
-        out += mean[block] @ weight[block].astype(np.float64)
+    """mean @ weight (T,), in float64; each target's sum is the same whatever others there are."""
+    out = np.empty(weight.shape[1])
+    for first in range(0, len(out), CERTIFIED):
+        some = slice(first, first + CERTIFIED)
+        out[some] = (np.ascontiguousarray(weight[:, some].T) * mean).sum(axis=1)
     return out
 
 

@@ -1,257 +1,440 @@
-"""The lasso path for wide problems, fewer rows than columns: scikit-learn on a few columns, no p × p matrix.
+"""The lasso without a Gram matrix, for many more columns than rows: only pairs of columns that matter are multiplied.
 
-For each lambda of a target, coordinate descent runs on a working set of columns; then the gradient of all columns,
-one matrix product for a block of targets, gives the duality gap of the whole problem and the columns to add.
+The steps are those of descent.py. The products of two 0/1 columns are counted in bits when both are in the working set,
+and the gradient of all columns is one product with the residuals of a chunk of targets, in int8. A chunk's targets
+walk their paths side by side, so that this product is shared.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from threading import Event
 
+import numba
 import numpy as np
 
+from datamodels.regression import descent, integers
 from datamodels.regression.lasso import PathOptions, Solution, float32_at_least
 from datamodels.regression.problem import Problem
-from datamodels.regression.scale import BLOCK_VALUES, Scale, origins, row_blocks, scale_of, sums
+from datamodels.regression.scale import Scale
+from datamodels.regression.threads import each_chunk
 
 NAME = "wide"
-TARGETS = 32  # a block; the product then reads the matrix from memory about as fast as it computes
-PATH_TOL = 2e-4  # relative duality gap of the path's solutions, which only choose a lambda
-MAX_ITER = 100_000
+TARGETS = 64  # a chunk
+PATH_TOL = 1e-3  # largest violation / lam on the path, which only chooses a lambda; the refit goes to options.tol
+PATH_LIMBS = 3  # digits of a residual whose product with the columns only screens
+ROUNDS = 100  # of descent and check at one lambda
+NEVER = 1e300  # the threshold of a column that must not be chosen
 
 
 @dataclass(frozen=True, eq=False)
-class Design:
-    """Standardised columns over the first `scale.n` rows, made where they are used.
+class Part:
+    """The first n rows, as far as a fit sees them: mu (p,) means of coded columns, norm (p,) = n sd'."""
 
-    columns (p, rows): raw, less `origin`; 0 and 1 in float32, where products lose nothing that screening needs, and
-    float64 for other values.  gradient and take are in the units of `scale`.
+    n: int
+    words: int
+    mu: np.ndarray
+    norm: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Columns of all rows, training rows first. x' = (x − origin) / unit is −1 and 1, or 0 and 1 without a bias.
+
+    x (n, p): bool, or float64 coded.  coded (p, n): x' as rows, int8 or float64.  bits (p, words): x packed, the
+    training rows filled up to whole words; or nothing.
     """
 
-    columns: np.ndarray
+    x: np.ndarray
+    coded: np.ndarray
+    bits: np.ndarray
     origin: np.ndarray
-    scale: Scale
+    unit: np.ndarray
+    train: Part
+    full: Part
 
-    def gradient(self, residual: np.ndarray) -> np.ndarray:
-        """Zᵀr / n, (B, p), of residuals (B, n); they are centred if there is a bias, so the means drop out."""
-        n = self.scale.n
-        out = residual.astype(self.columns.dtype) @ self.columns[:, :n].T
-        out *= (self.scale.inverse_sd / n).astype(out.dtype)
-        return out
-
-    def take(self, which: np.ndarray, first: int = 0) -> np.ndarray:
-        """Columns `which` of Z, (len(which), rows from `first` on), float64; first=0 gives the n rows of the scale."""
-        rows = slice(0, self.scale.n) if first == 0 else slice(first, None)
-        z = self.columns[which, rows].astype(np.float64)
-        z -= (self.scale.mean[which] - self.origin[which])[:, None]
-        z *= self.scale.inverse_sd[which][:, None]
-        return z
-
-    def lambda_max(self, r0: np.ndarray, gradient: np.ndarray) -> float:
-        """Largest |z_jᵀ r0| / n, to float64; `gradient` (p,) is it to the precision of the columns."""
-        size = np.abs(gradient)
-        if not size.any():
-            return 0.0
-        near = np.flatnonzero(size >= size.max() * (1 - 1e-4))
-        return float(max(np.abs(self.take(near[i : i + 256]) @ r0).max() for i in range(0, len(near), 256)) / len(r0))
+    def gradient(self, r: np.ndarray, n: int, limbs: int = integers.LIMBS) -> np.ndarray:
+        """X'ᵀr (B, p) over the first n rows of residuals r (B, ≥ n)."""
+        r, x = np.ascontiguousarray(r[:, :n]), self.x[:n]
+        if x.dtype != bool:
+            padded = np.zeros((TARGETS, n))  # of one shape always: BLAS rounds different shapes differently
+            padded[: len(r)] = r
+            return (padded @ x)[: len(r)]
+        g = integers.times_columns(r, x, limbs)
+        g -= r.sum(axis=1)[:, None] * self.origin
+        g /= self.unit
+        return g
 
 
-@dataclass(eq=False)
-class Point:
-    """Where a target stands: weights (len(support),) of the columns `support`, both in a Design's units."""
+class Target:
+    """Where one target stands in one fit: a working set W of m columns, their weights w, residual r and gradient g."""
 
-    support: np.ndarray
-    weight: np.ndarray
+    def __init__(self, columns: Columns, part: Part, thr: np.ndarray, r: np.ndarray, kind: type):
+        self.columns, self.part, self.thr = columns, part, thr
+        self.r, self.g = r, np.zeros(0)
+        self.last_r, self.last_g = r, self.g
+        self.outside = thr.copy()  # infinite for the members of W
+        self.m = 0
+        self.W = np.zeros(0, dtype=np.int32)
+        self.w, self.last_w = np.zeros(0), np.zeros(0)
+        self.own, self.thr_w, self.norm_w, self.mu_w = np.zeros(0), np.zeros(0), np.zeros(0), np.zeros(0)
+        self.H: np.ndarray = np.zeros((0, 0), dtype=kind)
 
-    @classmethod
-    def zero(cls) -> Point:
-        return cls(np.zeros(0, dtype=np.intp), np.zeros(0))
+    def join(self, which: np.ndarray, w: np.ndarray | None = None) -> None:
+        """Take these columns into W."""
+        if not len(which):
+            return
+        columns, part, m = self.columns, self.part, self.m
+        self.m += len(which)
+        if self.m > len(self.H):
+            bigger = np.empty((2 * self.m + 30, 2 * self.m + 30), dtype=self.H.dtype)
+            bigger[:m, :m] = self.H[:m, :m]
+            self.H = bigger
+        self.W = np.concatenate([self.W, which.astype(np.int32)])
+        self.outside[which] = np.inf
+        if columns.bits.size:
+            signed = columns.unit[0] != 1.0
+            squares = _pack_bits(columns.bits, part.words, part.n, signed, self.W, m, len(which), self.H)
+        else:
+            squares = _pack_real(columns.coded, part.n, self.W, m, len(which), self.H)
+        mu = part.mu[which]
+        add = np.zeros(len(which)) if w is None else w
+        self.w, self.last_w = np.concatenate([self.w, add]), np.concatenate([self.last_w, add])
+        self.own = np.concatenate([self.own, squares - part.n * mu**2])
+        self.thr_w = np.concatenate([self.thr_w, self.thr[which]])
+        self.norm_w = np.concatenate([self.norm_w, part.norm[which]])
+        self.mu_w = np.concatenate([self.mu_w, mu])
+
+    def go_on(self, ahead: float) -> None:
+        """Move on along the line through the last two solutions; the gradient is to be computed before descend."""
+        self.w, self.last_w = self.w + ahead * (self.w - self.last_w), self.w
+        self.r, self.last_r = self.r + ahead * (self.r - self.last_r), self.r
+        self.g, self.last_g = self.g + ahead * (self.g - self.last_g), self.g
+
+    def beyond(self, bound: float) -> np.ndarray:
+        """Columns outside W that violate optimality at the lambda `bound`."""
+        return _beyond(self.g, self.outside, bound)
+
+    def descend(self, lam: float, tol: float) -> None:
+        """To optimality on W; r follows, and g is left to be computed."""
+        before, gl = self.w.copy(), self.g[self.W]
+        descent.descend(
+            self.H, self.m, self.w, gl, self.own, self.mu_w, float(self.part.n), self.thr_w, self.norm_w, lam, tol
+        )
+        self.move(self.w - before)
+
+    def move(self, by: np.ndarray) -> None:
+        moved = np.flatnonzero(by)
+        self.r = self.r.copy()  # the last one is kept
+        descent.slide(self.columns.coded, self.part.mu, self.W[moved], by[moved], len(moved), self.r)
+
+    @property
+    def support(self) -> tuple[np.ndarray, np.ndarray]:
+        on = self.w != 0
+        return self.W[on], self.w[on]
 
 
 def solve(
     problem: Problem, options: PathOptions, use_bias: bool, workers: int, progress: Callable[[int], None]
 ) -> Solution:
-    """Path on the training rows, lambda by the validation rows, refit on both; blocks of targets in parallel."""
-    from threadpoolctl import threadpool_limits
-
-    x, y = problem.x, problem.y
-    x_origin, y_origin = origins(x, y, use_bias)
-    on_train, on_val = (sums(x, y, rows, x_origin, y_origin) for rows in (problem.train, problem.val))
-    train, full = scale_of(on_train, use_bias), scale_of(on_train + on_val, use_bias)
-    rows = np.concatenate([problem.train, problem.val])  # so both phases fit a prefix of one matrix
-    columns: np.ndarray = np.empty((x.shape[1], len(rows)), _dtype(x.dtype))
-    done = 0
-    for block in row_blocks(rows, x.shape[1]):
-        columns[:, done : done + len(block)] = (x[block] if x.dtype == bool else x[block] - x_origin).T
-        done += len(block)
-    path, refit = Design(columns, x_origin, train), Design(columns, x_origin, full)
-
-    T = y.shape[1]
-    solution = Solution.empty(x.shape[1], T, options.k, train, full)
+    """Path on the training rows, lambda by the validation rows, refit on both; chunks of targets in parallel."""
+    columns = _columns(problem, use_bias)
+    T, p = problem.y.shape[1], problem.x.shape[1]
+    solution = Solution.empty(p, T, options.k, _scale(columns, columns.train, T), _scale(columns, columns.full, T))
     stop = Event()
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Objective did not converge")  # the certificate says it, by name
-        with ThreadPoolExecutor(workers) as pool:
-            blocks = [np.arange(first, min(first + TARGETS, T)) for first in range(0, T, TARGETS)]
-            tasks = [pool.submit(_solve_block, ts, y, rows, path, refit, options, solution, stop) for ts in blocks]
-            try:
-                for task in as_completed(tasks):
-                    progress(task.result())
-            except BaseException:  # Ctrl-C must not wait for the targets still in the queue, nor long for those begun
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    size = max(1, min(TARGETS, -(-T // workers)))
+
+    def chunk(targets: slice) -> int:
+        return _solve_chunk(targets, problem, columns, options, use_bias, solution, stop)
+
+    for done in each_chunk(chunk, T, workers, size, stop):
+        progress(done)
     return solution
 
 
 def memory(n: int, p: int, T: int, dtype: np.dtype, workers: int) -> int:
-    """Bytes that solve takes at its largest, without the weights: the columns, and per thread its block of targets."""
-    size = np.dtype(_dtype(dtype)).itemsize
+    """Bytes that solve takes at its largest, beside the problem: columns twice, and per thread its chunk of targets."""
+    binary = np.dtype(dtype).kind == "b"
     block = min(T, TARGETS)
-    gradients = 4 * block * p * size
-    working = 3 * 8 * n * min(p, n)  # float64 columns; seldom more than n of them at once
-    return n * p * size + 9 * min(n * max(p, T), BLOCK_VALUES) + min(workers, -(-T // TARGETS)) * (gradients + working)
+    gradients = 8 * block * p * 13
+    working = block * (2 if n <= np.iinfo(np.int16).max else 4 if binary else 8) * 9 * min(n, p) ** 2 // 4
+    return (3 if binary else 24) * n * p + min(workers, -(-T // block)) * (gradients + working)
 
 
-def _dtype(dtype: np.dtype) -> type:
-    return np.float32 if dtype.kind == "b" else np.float64
+def _columns(problem: Problem, use_bias: bool) -> Columns:
+    from datamodels.regression.gram import code_columns
+
+    c = code_columns(problem.x, problem.train, problem.val, use_bias)
+    n, n_train, p = len(c.x), c.num_train, c.x.shape[1]
+    on = 1.0 if use_bias else 0.0
+    bits = np.zeros((p, 0), dtype=np.uint64)
+    if c.x.dtype == bool:
+        coded = np.ascontiguousarray(c.x.view(np.int8).T)
+        bits = np.concatenate([_bits(coded[:, :n_train]), _bits(coded[:, n_train:])], axis=1)
+        if use_bias:
+            coded *= 2
+            coded -= 1
+    else:
+        coded = np.ascontiguousarray(c.x.T)
+    words = -(-n_train // 64)
+    train = Part(n_train, words, on * c.sums_train / n_train, n_train * c.sd_train)
+    full = Part(n, bits.shape[1], on * (c.sums_train + c.sums_val) / n, n * c.sd_full)
+    return Columns(c.x, coded, bits, c.origin, c.unit, train, full)
 
 
-def _solve_block(
-    targets: np.ndarray,
-    y: np.ndarray,
-    rows: np.ndarray,
-    path: Design,
-    refit: Design,
+def _bits(x: np.ndarray) -> np.ndarray:
+    """(p, words) uint64 of 0/1 columns (p, n); what is beyond n is 0."""
+    packed = np.packbits(x, axis=1, bitorder="little")
+    padded = np.zeros((len(x), -(-x.shape[1] // 64) * 8), dtype=np.uint8)
+    padded[:, : packed.shape[1]] = packed
+    return padded.view(np.uint64)
+
+
+def _scale(columns: Columns, part: Part, T: int) -> Scale:
+    mean = columns.origin + columns.unit * part.mu if part.mu.any() or columns.origin.any() else part.mu
+    sd = columns.unit * part.norm / part.n
+    return Scale(part.n, mean, sd, np.zeros(T), np.zeros(T), np.zeros(T, dtype=bool))
+
+
+def _solve_chunk(
+    targets: slice,
+    problem: Problem,
+    columns: Columns,
     options: PathOptions,
+    use_bias: bool,
     into: Solution,
     stop: Event,
 ) -> int:
     """Fill in these targets, unless told to stop; how many they are."""
-    train, full, n = path.scale, refit.scale, path.scale.n
-    outcomes = np.ascontiguousarray(y[np.ix_(rows, targets)].astype(np.float64).T)
-    r0 = np.ascontiguousarray(outcomes[:, :n]) - train.y_mean[targets, None]
-    r0_val = outcomes[:, n:] - train.y_mean[targets, None]
-    r0_full = outcomes - full.y_mean[targets, None]
+    train, full = columns.train, columns.full
+    y = np.ascontiguousarray(problem.outcomes(np.concatenate([problem.train, problem.val]), targets).T)
+    at = np.arange(*targets.indices(problem.y.shape[1]))
+    for part, scale in ((train, into.train), (full, into.full)):
+        own = y[:, : part.n]
+        scale.constant[at] = own.min(axis=1) == own.max(axis=1) if use_bias else ~own.any(axis=1)
+        if use_bias:
+            scale.y_mean[at] = own.mean(axis=1)
+        scale.power[at] = ((own - scale.y_mean[at, None]) ** 2).mean(axis=1)
+    penalty = problem.penalty_of(targets).T
+    kind: type = np.int16 if len(columns.x) <= np.iinfo(np.int16).max else np.float32
+    if not columns.bits.size:
+        kind = np.float64
 
-    gradient = path.gradient(r0)
-    at_zero = refit.gradient(r0_full)
-    points = [Point.zero() for _ in targets]
-    best, grids, going = list(points), {}, []
-    best_error = (r0_val**2).mean(axis=1)
-    for b, t in enumerate(targets):
-        lam_max = 0.0 if train.constant[t] else path.lambda_max(r0[b], gradient[b])
-        if lam_max == 0:  # nothing to select: 0 is the solution at the lambda_max of all rows
-            into.lam[t] = 0.0 if full.constant[t] else float32_at_least(refit.lambda_max(r0_full[b], at_zero[b]))
+    def begin(part: Part, scale: Scale) -> list[Target]:
+        """Every target at the least-squares fit of its unpenalised columns, with its gradient."""
+        begun = []
+        for b, t in enumerate(at):
+            thr = np.where(part.norm > 0, penalty[b] * part.norm, NEVER)
+            target = Target(columns, part, thr, y[b] - scale.y_mean[t], kind)
+            free = np.flatnonzero(thr == 0)
+            if len(free):
+                z = columns.coded[free, : part.n].T - part.mu[free]
+                size = np.sqrt((z**2).sum(axis=0))
+                target.join(free, np.linalg.lstsq(z / size, target.r[: part.n], rcond=1e-7)[0] / size)
+                target.move(target.w)
+                target.last_r = target.r
+            begun.append(target)
+        for target, g in zip(begun, columns.gradient(np.stack([t.r for t in begun]), part.n), strict=True):
+            target.g = target.last_g = g
+        return begun
+
+    points = begin(train, into.train)
+    r2_scale = ((y[:, train.n :] - into.train.y_mean[at, None]) ** 2).sum(axis=1)
+    grids, going, best, then = {}, [], {}, {}
+    best_error = np.full(len(at), np.inf)
+    for b, t in enumerate(at):
+        point = points[b]
+        top = 0.0 if into.train.constant[t] else _lambda_max(point)
+        if top == 0:
             continue
-        grids[b] = options.grid(lam_max)
-        into.path_lam[0, t], into.path_mse[0, t], into.path_nnz[0, t] = lam_max, best_error[b], 0
+        grids[b] = options.grid(top)
         going.append(b)
-    chosen = list(going)
-    null_error = best_error.copy()
+        best[b] = then[b] = point.support
+        best_error[b] = (point.r[train.n :] ** 2).sum()
+        into.r2_train[t] = 1 - (point.r[: train.n] ** 2).mean() / into.train.power[t]
+        n_val = full.n - train.n
+        into.path_lam[0, t], into.path_mse[0, t], into.path_nnz[0, t] = top, best_error[b] / n_val, len(best[b][0])
 
     for i in range(1, options.k):
+        if not going:
+            break
+        for b in going:
+            if i > 1:
+                points[b].go_on((grids[b][i - 1] - grids[b][i]) / (grids[b][i - 2] - grids[b][i - 1]))
+        lam = {b: float(grids[b][i]) for b in going}
+        _settle([points[b] for b in going], [lam[b] for b in going], columns, stop)
         if stop.is_set():
             return 0
-        lam = {b: grids[b][i] for b in going}
-        # The sequential strong rule: a gradient seldom moves by more than lambda does.
-        screen = {b: 2 * grids[b][i] - grids[b][i - 1] for b in going}
-        _advance(path, r0, gradient, points, lam, screen, PATH_TOL)
         for b in list(going):
-            t, point = targets[b], points[b]
-            error = ((r0_val[b] - point.weight @ path.take(point.support, n)) ** 2).mean()
-            into.path_lam[i, t], into.path_mse[i, t], into.path_nnz[i, t] = grids[b][i], error, len(point.support)
+            t, point = at[b], points[b]
+            error = (point.r[train.n :] ** 2).sum()
+            support = point.support
+            into.path_lam[i, t], into.path_mse[i, t] = lam[b], error / (full.n - train.n)
+            into.path_nnz[i, t] = len(support[0])
             if error < best_error[b]:
-                best[b], best_error[b], into.best[t] = point, error, i
-            elif i - into.best[t] >= options.patience:
+                best_error[b], into.best[t], best[b] = error, i, support
+                into.r2_train[t] = 1 - (point.r[: train.n] ** 2).mean() / into.train.power[t]
+            if i <= into.best[t] + 1:
+                then[b] = support
+            if i - into.best[t] >= options.patience:
                 into.turned[t] = True
                 going.remove(b)
+                points[b] = None  # type: ignore[call-overload]
 
-    del gradient, at_zero
-    lam, screen = {}, {}
-    residual = r0_full.copy()
-    for b in chosen:
-        t = targets[b]
-        into.lam[t] = np.float32(grids[b][into.best[t]])
-        fitted = r0[b] - best[b].weight @ path.take(best[b].support)
-        into.r2_train[t] = 1 - (fitted**2).mean() / train.power[t]
-        into.r2_val[t] = 1 - best_error[b] / null_error[b] if null_error[b] > 0 else np.nan
-        lam[b] = screen[b] = float(into.lam[t])
-        support = best[b].support
-        points[b] = Point(support, best[b].weight * full.sd[support] * train.inverse_sd[support])
-        residual[b] -= points[b].weight @ refit.take(support)
-    _advance(refit, r0_full, refit.gradient(residual), points, lam, screen, options.tol / 2)
-    for b in chosen:
-        support = points[b].support
-        into.weight[support, targets[b]] = points[b].weight * full.inverse_sd[support]
-    return len(targets)
+    del points
+    ends = begin(full, into.full)
+    todo, lams, denominator = [], [], []
+    for b, t in enumerate(at):
+        target = ends[b]
+        if b in grids:
+            into.lam[t] = np.float32(grids[b][into.best[t]])
+            into.r2_val[t] = 1 - best_error[b] / r2_scale[b] if r2_scale[b] > 0 else np.nan
+        else:  # nothing to select: the lambda_max of all rows selects nothing either
+            into.lam[t] = 0.0 if into.full.constant[t] else float32_at_least(_lambda_max(target))
+        left, power = (target.r**2).sum(), into.full.power[t] * full.n
+        if b in grids:
+            W, w = best[b]
+            more = np.setdiff1d(then[b][0], W)
+            start = np.zeros(len(columns.unit))
+            start[W] = w
+            new = np.sort(np.concatenate([W, more]))
+            new = new[np.isfinite(target.outside[new])]
+            by = start[target.W] - target.w  # of unpenalised columns
+            target.w = start[target.W]
+            target.join(new, start[new])
+            target.move(np.concatenate([by, start[new]]))
+        if into.lam[t] > 0 or target.m:
+            todo.append(target)
+            lams.append(float(into.lam[t]))
+            denominator.append(left if left > 1e-24 * max(power, 1e-300) else 2.0 * full.n)
+    _refit(todo, lams, denominator, columns, options.tol / 4, stop)
+    if stop.is_set():
+        return 0
+    for b, t in enumerate(at):
+        W, w = ends[b].support
+        into.weight[W, t] = w / columns.unit[W]
+    return len(at)
 
 
-def _advance(
-    design: Design,
-    r0: np.ndarray,
-    gradient: np.ndarray,
-    points: list[Point],
-    lam: dict[int, float],
-    screen: dict[int, float],
-    tol: float,
+def _settle(points: list[Target], lams: list[float], columns: Columns, stop: Event) -> None:
+    """Bring each point to optimality at its lambda, to PATH_TOL."""
+    todo = [(point, lam, lam) for point, lam in zip(points, lams, strict=True)]
+    for _ in range(ROUNDS):
+        if not todo or stop.is_set():
+            return
+        for point, lam, bound in todo:
+            point.join(point.beyond(bound))
+            point.descend(lam, PATH_TOL)
+        gradients = columns.gradient(np.stack([point.r for point, _, _ in todo]), columns.train.n, PATH_LIMBS)
+        for (point, _, _), g in zip(todo, gradients, strict=True):
+            point.g = g
+        again = [(point, lam, lam * (1 + PATH_TOL)) for point, lam, _ in todo]
+        todo = [item for item in again if len(item[0].beyond(item[2]))]
+
+
+def _refit(
+    points: list[Target], lams: list[float], denominator: list[float], columns: Columns, tol: float, stop: Event
 ) -> None:
-    """Bring the points of the targets in `lam` to a relative duality gap of tol there; gradient (B, p) follows.
-
-    The working sets start with the columns whose gradient reaches `screen`, and grow by those that exceed lambda.
-    """
-    working = {b: np.union1d(points[b].support, np.flatnonzero(np.abs(gradient[b]) >= screen[b])) for b in lam}
-    todo = list(lam)
-    residual = np.empty_like(r0)
-    while todo:
-        for b in todo:
-            z = design.take(working[b])
-            start = np.zeros(len(z))
-            start[np.searchsorted(working[b], points[b].support)] = points[b].weight
-            weight = _lasso(z, r0[b], lam[b], start, tol / 4)
-            on = np.flatnonzero(weight)
-            points[b] = Point(working[b][on], weight[on])
-            residual[b] = r0[b] - weight @ z
-        gradient[todo] = design.gradient(residual[todo])
-        still = []
-        for b in todo:
-            size = np.abs(gradient[b])
-            size_max = size.max()
-            if _gap(r0[b], residual[b], np.abs(points[b].weight).sum(), size_max, lam[b]) <= tol:
-                continue
-            new = np.setdiff1d(np.flatnonzero(size > lam[b]), working[b], assume_unique=True)
-            if len(new):
-                working[b] = np.union1d(working[b], new)
-                still.append(b)
-        todo = still
+    """Bring each point to a relative duality gap of tol at its lambda."""
+    todo = [(i, descent.NEAR) for i in range(len(points))]
+    n = columns.full.n
+    fresh = True
+    for _ in range(ROUNDS):
+        if not todo or stop.is_set():
+            return
+        if not fresh:
+            for i, near in todo:
+                points[i].descend(lams[i], near)
+        gradients = columns.gradient(np.stack([points[i].r for i, _ in todo]), n)
+        again = []
+        for (i, near), g in zip(todo, gradients, strict=True):
+            point, lam = points[i], lams[i]
+            point.g = g
+            new = point.beyond(lam)
+            if not fresh:
+                if _gap(point, lam) <= tol * denominator[i] / 2:
+                    continue
+                if not len(new):
+                    near = max(near * 0.2, 1e-13)
+            point.join(new)
+            again.append((i, near))
+        todo, fresh = again, False
 
 
-def _gap(r0: np.ndarray, r: np.ndarray, norm: float, top: float, lam: float) -> float:
-    """Relative duality gap as in lasso.certify; norm = Σ |w_j| of standardised columns, top = max |z_jᵀ r| / n."""
-    s = min(1.0, lam / top) if top > 0 else 1.0
-    rr = r @ r
-    return (rr / 2 + len(r) * lam * norm - s * (r0 @ r) + s**2 * rr / 2) / (r0 @ r0 / 2)
+def _gap(point: Target, lam: float) -> float:
+    """The duality gap, times n."""
+    r, shrunk = point.r, (point.thr > 0) & (point.thr < NEVER)
+    over = np.abs(point.g[shrunk]) / (lam * point.thr[shrunk]) if lam > 0 else np.full(int(shrunk.any()), np.inf)
+    s = 1 / max(1.0, over.max(initial=0.0))
+    rr = float(r @ r)
+    r0r = rr + float(point.w @ point.g[point.W])
+    return rr / 2 + lam * float(point.thr_w @ np.abs(point.w)) - s * r0r + s * s * rr / 2
 
 
-def _lasso(z: np.ndarray, r0: np.ndarray, lam: float, start: np.ndarray, tol: float) -> np.ndarray:
-    """Minimiser (m,) of ‖r0 − zᵀ w‖² / 2n + lam ‖w‖₁, z (m, n)."""
-    from sklearn import config_context
-    from sklearn.linear_model import lasso_path
+def _lambda_max(point: Target) -> float:
+    """The smallest lambda at which no penalised column is chosen."""
+    shrunk = (point.thr > 0) & (point.thr < NEVER)
+    return float((np.abs(point.g[shrunk]) / point.thr[shrunk]).max(initial=0.0))
 
-    if not len(z):
-        return np.zeros(0)
-    with config_context(skip_parameter_validation=True):  # it holds the interpreter lock longer than all else here
-        return lasso_path(
-            z.T,
-            r0,
-            alphas=np.array([lam]),
-            precompute=False,
-            coef_init=start,  # it is written to
-            check_input=False,
-            tol=tol,
-            max_iter=MAX_ITER,
-        )[1][:, 0]
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _beyond(g, outside, bound):  # type: ignore[no-untyped-def]
+    count = 0
+    for j in range(len(g)):
+        count += abs(g[j]) > outside[j] * bound
+    out = np.empty(count, dtype=np.int32)
+    if count > 0:
+        at = 0
+        for j in range(len(g)):
+            if abs(g[j]) > outside[j] * bound:
+                out[at] = j
+                at += 1
+    return out
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _pack_bits(bits, words, n, signed, W, m, count, H):  # type: ignore[no-untyped-def]
+    """Rows and columns m to m + count of the packed products; their diagonal is returned."""
+    squares = np.empty(count)
+    for a in range(m, m + count):
+        one = bits[W[a]]
+        for i in range(a + 1):
+            other = bits[W[i]]
+            total = np.uint64(0)
+            for k in range(words):
+                v = one[k] ^ other[k] if signed else one[k] & other[k]
+                v = v - ((v >> np.uint64(1)) & np.uint64(0x5555555555555555))
+                v = (v & np.uint64(0x3333333333333333)) + ((v >> np.uint64(2)) & np.uint64(0x3333333333333333))
+                v = (v + (v >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+                total += (v * np.uint64(0x0101010101010101)) >> np.uint64(56)
+            value = np.int64(total)
+            if signed:
+                value = n - 2 * value
+            H[a, i] = value
+            H[i, a] = value
+        squares[a - m] = H[a, a]
+    return squares
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _pack_real(coded, n, W, m, count, H):  # type: ignore[no-untyped-def]
+    squares = np.empty(count)
+    for a in range(m, m + count):
+        one = coded[W[a]]
+        for i in range(a + 1):
+            other = coded[W[i]]
+            sums = np.zeros(8)
+            whole = n - n % 8
+            for k in range(0, whole, 8):
+                for b in range(8):
+                    sums[b] += one[k + b] * other[k + b]
+            total = 0.0
+            for k in range(whole, n):
+                total += one[k] * other[k]
+            for b in range(8):
+                total += sums[b]
+            H[a, i] = total
+            H[i, a] = total
+        squares[a - m] = H[a, a]
+    return squares

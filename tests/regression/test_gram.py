@@ -1,77 +1,77 @@
+"""The matrices that all targets share, against plain numpy."""
+
 import numpy as np
 import pytest
 
-from datamodels.regression import gram, scale
+from datamodels.regression import gram
 
 
-@pytest.fixture(params=["bool", "real"])
-def data(request):
+def plain(x, use_bias):
+    """Coded columns in float64, as gram.Columns describes them."""
+    return 2.0 * x - 1 if use_bias else x.astype(float)
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize(("n", "p"), [(50, 7), (300, 130), (90, 1500)])
+def test_masks_give_exact_integers(n, p, use_bias):
     rng = np.random.default_rng(0)
-    x = rng.random((90, 7)) < 0.4
-    return (x if request.param == "bool" else x * 3.0 + rng.standard_normal((90, 7)) + 5), rng.random((90, 3)) * 9
+    x = rng.random((n, p)) < rng.random(p)
+    rows = rng.permutation(n)
+    train, val = np.sort(rows[: n // 2]), np.sort(rows[n // 2 : -5])
+    columns = gram.code_columns(x, train, val, use_bias)
+    got = gram.multiply(columns, workers=2)
+    for part, matrix, diagonal in ((train, got.train, got.diag_train), (np.r_[train, val], got.full, got.diag_full)):
+        expected = plain(x[part], use_bias).T @ plain(x[part], use_bias)
+        np.testing.assert_array_equal(diagonal, np.diagonal(expected))
+        off = ~np.eye(p, dtype=bool)
+        np.testing.assert_array_equal(matrix[off], expected[off])
+    assert got.train.dtype == np.int16
+    np.testing.assert_allclose(columns.sd_train * columns.unit, x[train].std(axis=0), atol=1e-15)
+    np.testing.assert_allclose(columns.sd_full * columns.unit, x[np.r_[train, val]].std(axis=0), atol=1e-15)
+    np.testing.assert_array_equal(columns.x_val, plain(x[val], use_bias).T)
 
 
-def parts(x, y, use_bias):
-    at = scale.origins(x, y, use_bias)
-    return (gram.moments(x, y, rows, *at) for rows in (np.arange(60), np.arange(60, 90), np.arange(90)))
-
-
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_gram_of_standardised_columns(data, use_bias):
-    x, y = data
-    got = gram.standardise(list(parts(x, y, use_bias))[2], use_bias)
-    z = (x - x.mean(axis=0)) / x.std(axis=0) if use_bias else x / x.std(axis=0)
-    r0 = y - y.mean(axis=0) if use_bias else y
-    np.testing.assert_allclose(got.gram, z.T @ z / 90, atol=1e-12)
-    np.testing.assert_allclose(got.xy, r0.T @ z / 90, atol=1e-12)
-    np.testing.assert_allclose(got.scale.power, (r0**2).mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(got.scale.sd, x.std(axis=0), rtol=1e-12)
-
-
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_validation_rows_in_the_units_of_the_training_rows(data, use_bias):
-    x, y = data
-    train, val, _ = parts(x, y, use_bias)
-    got = gram.standardise(val, use_bias, like=gram.standardise(train, use_bias))
-    mean, y_mean = (x[:60].mean(axis=0), y[:60].mean(axis=0)) if use_bias else (0, 0)
-    z, r0 = (x[60:] - mean) / x[:60].std(axis=0), y[60:] - y_mean
-    np.testing.assert_allclose(got.gram, z.T @ z / 30, atol=1e-12)
-    np.testing.assert_allclose(got.xy, r0.T @ z / 30, atol=1e-12)
-    np.testing.assert_allclose(got.scale.power, (r0**2).mean(axis=0), rtol=1e-12)
-
-
-def test_moments_add_up(data):
-    x, y = data
-    train, val, both = parts(x, y, True)
-    together = train + val
-    for name in ("n", "x_sum", "xx", "y_sum", "yy", "low", "high", "y_low", "y_high"):
-        np.testing.assert_allclose(getattr(together.sums, name), getattr(both.sums, name), atol=1e-9)
-    np.testing.assert_allclose(together.xx, both.xx, atol=1e-9)
-    np.testing.assert_allclose(together.xy, both.xy, atol=1e-9)
-    np.testing.assert_allclose(both.sums.xx, np.diagonal(both.xx), rtol=1e-12)
+@pytest.mark.parametrize("copies", [False, True])
+def test_counts_that_int16_does_not_hold(copies):
+    """The diagonal is kept beside; where copies of a column make others as large, float32 holds them exactly."""
+    rng = np.random.default_rng(0)
+    n = 41_000
+    x = rng.random((n, 6)) < 0.5
+    if copies:
+        x[:, 3] = x[:, 1]
+    columns = gram.code_columns(x, np.arange(n - 1000), np.arange(n - 1000, n), True)
+    got = gram.multiply(columns, workers=1)
+    assert got.full.dtype == (np.float32 if copies else np.int16)
+    expected = plain(x, True).T @ plain(x, True)
+    off = ~np.eye(6, dtype=bool)
+    np.testing.assert_array_equal(got.full[off], expected[off])
+    np.testing.assert_array_equal(got.diag_full, n)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_constant_columns_have_no_spread_whatever_the_rounding(use_bias):
-    values = np.array([0.1, 1 / 3, 1e5 + 0.1, 7e-9])
-    for n in range(50, 100):
-        x, y = np.tile(values, (n, 1)), np.arange(float(n))[:, None]
-        at = scale.origins(x, y, use_bias)
-        got = gram.standardise(gram.moments(x, y, np.arange(n), *at), use_bias)
-        assert (got.scale.sd == 0).all()
-        assert not got.gram.any()
-        assert not got.xy.any()
+def test_real_columns_are_standardised_first(use_bias):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((80, 5)) * [1, 10, 1e-3, 1e4, 1] + [0, 1e5, 0, 0, 3] * np.array(float(use_bias))
+    x[:, 4] = 3.0
+    train, val = np.arange(0, 80, 2), np.arange(1, 80, 2)
+    columns = gram.code_columns(x, train, val, use_bias)
+    coded = (x - columns.origin) / columns.unit
+    got = gram.multiply(columns, workers=2)
+    np.testing.assert_allclose(got.train, coded[train].T @ coded[train], atol=1e-9)
+    np.testing.assert_allclose(got.full, coded.T @ coded, atol=1e-9)
+    np.testing.assert_allclose(columns.sd_train * columns.unit, x[train].std(axis=0), rtol=1e-9)
+    assert columns.sd_full[4] == 0
 
 
-def test_large_counts_of_masks_are_exact():
-    x = np.random.default_rng(1).random((20_001, 3)) < 0.9
-    got = gram.moments(x, np.zeros((20_001, 1)), np.arange(20_001), np.zeros(3), np.zeros(1))
-    np.testing.assert_array_equal(got.xx, x.astype(np.int64).T @ x.astype(np.int64))
-
-
-def test_counts_of_masks_are_exact_over_many_blocks(monkeypatch):
-    monkeypatch.setattr(scale, "BLOCK", 7)
-    x = np.random.default_rng(1).random((100, 9)) < 0.5
-    got = gram.moments(x, np.zeros((100, 1)), np.arange(100), np.zeros(9), np.zeros(1))
-    np.testing.assert_array_equal(got.xx, x.astype(np.int64).T @ x.astype(np.int64))
-    np.testing.assert_array_equal(got.sums.x_sum, x.sum(axis=0))
+@pytest.mark.parametrize("kind", ["masks", "real"])
+def test_the_same_bits_for_any_number_of_workers(kind, monkeypatch):
+    monkeypatch.setattr(gram, "TILE", 32)
+    rng = np.random.default_rng(2)
+    x = rng.random((200, 150)) < 0.5
+    x = x if kind == "masks" else x + rng.standard_normal(x.shape)
+    one, three = (
+        gram.multiply(gram.code_columns(x, np.arange(150), np.arange(150, 200), True), workers) for workers in (1, 3)
+    )
+    np.testing.assert_array_equal(one.train, three.train)
+    np.testing.assert_array_equal(one.full, three.full)
+    np.testing.assert_array_equal(one.full, one.full.T)
