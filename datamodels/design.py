@@ -123,10 +123,12 @@ class Block:
             groups = _below(stream.random_raw(int(self.strata.max()) + 1), self.alpha)
             return np.asarray(groups[self.strata])
         raw = stream.random_raw(self.num_examples)
+        counts = np.bincount(self.strata)
+        # Stable: label by label, and in each by (r_j, j). Numpy sorts narrow integers in linear time.
+        order = np.lexsort((raw, self.strata.astype(np.min_scalar_type(len(counts)))))
+        place = np.arange(self.num_examples) - np.repeat(np.cumsum(counts) - counts, counts)
         mask = np.zeros(self.num_examples, bool)
-        for label in range(int(self.strata.max()) + 1):
-            members = np.flatnonzero(self.strata == label)
-            mask[members] = _smallest(raw[members], self.alpha)
+        mask[order[place < np.repeat(_sizes(counts, self.alpha), counts)]] = True
         return mask
 
     def locate(self, offset: int) -> tuple[int, int, int]:
@@ -148,10 +150,18 @@ def _below(raw: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def _smallest(raw: np.ndarray, alpha: float) -> np.ndarray:
-    size = math.floor(Fraction(alpha) * len(raw) + Fraction(1, 2))
     mask = np.zeros(len(raw), bool)
-    mask[np.argsort(raw, kind="stable")[:size]] = True
+    mask[np.argsort(raw, kind="stable")[: _size(len(raw), alpha)]] = True
     return mask
+
+
+def _size(count: int, alpha: float) -> int:
+    return math.floor(Fraction(alpha) * count + Fraction(1, 2))
+
+
+def _sizes(counts: np.ndarray, alpha: float) -> np.ndarray:
+    distinct, place = np.unique(counts, return_inverse=True)
+    return np.array([_size(int(count), alpha) for count in distinct])[place]
 
 
 @dataclass(frozen=True)

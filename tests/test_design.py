@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -150,6 +151,19 @@ def test_stratified_has_its_size_in_every_class(folder):
     masks = masks_of(design_of(folder, of_sampler("stratified", 0.5, masks=20)).design)
     for label in range(5):
         assert set(masks[:, label == LABELS].sum(1)) == {(21 if label == 0 else 20) // 2 + (label == 0)}
+
+
+def test_stratified_over_many_labels_is_quick_and_follows_the_rule(tmp_path):
+    """As many labels as examples, near enough: speakers, patients, sites."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(20_000), 2)).astype("U5")
+    np.save(tmp_path / "labels.npy", labels)
+    schema = {**SCHEMA, "masks": {**SCHEMA["masks"], "shape": [40_000]}}
+    design = design_of(tmp_path, of_sampler("stratified", 0.5), schema=schema).design
+    started = time.perf_counter()
+    masks = masks_of(design, range(3))
+    assert time.perf_counter() - started < 1
+    for mask in masks:
+        assert (np.unique(labels[mask], return_counts=True)[1] == 1).all() and mask.sum() == 20_000
 
 
 def test_by_group_takes_whole_groups(folder):
