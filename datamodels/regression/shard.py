@@ -200,6 +200,7 @@ def run(
     """Begin a fit in shards, or go on with it, on the workers of a pool, and merge it; the exit code."""
     from datamodels.regression import merge
 
+    out_dir = Path(os.path.abspath(out_dir))
     folder = out_dir / result.SHARDS
     if not (folder / SPEC_FILE).exists():
         result.refuse(out_dir, shards=False)
@@ -225,8 +226,9 @@ def run(
         )
         # Whoever gives the command again wants what failed tried again.
         code = pool.main([*worker, f"--worker.retries={tried + RETRIES}", *pool_options])
-        if code:
+        if code == 1:
             say("give the same command again to go on from the shards that are done")
+        if code:
             return code
     merge.merge(out_dir)
     return 0
