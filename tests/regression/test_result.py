@@ -1,5 +1,6 @@
 """What a fit leaves on disk: sparse or dense, and what reads it."""
 
+import io
 import json
 import os
 import warnings
@@ -280,3 +281,20 @@ def test_the_report_counts_lambdas_and_is_json(tmp_path):
     assert report["summary"]["lambdas"] == K * T - 2
     assert set(report) == {"config", "about", "rows", "summary", "warnings", "versions", "seconds"}
     assert f"{(K * T - 2) / 2:.0f} lambdas/s" in result.describe(tmp_path, model, 2.0)
+
+
+def test_the_bar_counts_targets_and_shows_lambdas_a_second():
+    from tqdm import tqdm
+
+    from datamodels.regression.compute_datamodels import _Rate
+
+    shown = io.StringIO()
+    with tqdm(total=9, unit="target", file=shown, mininterval=0) as bar:
+        rate = _Rate(bar)
+        rate(2)
+        assert bar.postfix is None  # a solver that does not count them
+        rate(3, 40)
+        rate(lambdas=2, targets=0)
+        assert bar.n == 5
+        assert bar.postfix.endswith(" lambdas/s") and float(bar.postfix.split()[0]) > 42
+    assert "5/9" in shown.getvalue() and "lambdas/s" in shown.getvalue()
