@@ -28,7 +28,7 @@ import fastargs
 from fastargs import validation
 from fastargs.exceptions import MissingValueError, ValidationError
 
-from datamodels.errors import ConfigError, DatamodelsError
+from datamodels.errors import ConfigError, DatamodelsError, json_mistake
 
 ENV_PREFIX = "DATAMODELS_"
 _EXPECTED = {
@@ -325,7 +325,7 @@ def _read_file(name: str) -> _File:
         except json.JSONDecodeError as error:
             if name.endswith(".json"):
                 raise ConfigError(
-                    f"-C {name}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
+                    f"-C {name}, line {error.lineno}, column {error.colno}: {json_mistake(error)}"
                 ) from None
             file = _read_yaml(name, text)  # YAML's {a: 1} begins like JSON
     elif name.endswith(".json"):
@@ -585,7 +585,7 @@ def parse(
 
     if not passthrough:
         if unknown:
-            raise ConfigError(_unknown_message(*unknown[0], list(options)))
+            raise ConfigError(unknown_message(*unknown[0], list(options)))
         if stray:
             raise ConfigError(f"{stray} (command line): options begin with two dashes; see {prog} --help")
     if not tokens.help:
@@ -622,7 +622,7 @@ def _judge(
     missing = [key for key, option in options.items() if option.required and key not in given]
     for key, where in unknown:
         if _nearest(key, missing) is not None:  # mistyped, so "is required" would send people the wrong way
-            raise ConfigError(_unknown_message(key, where, missing))
+            raise ConfigError(unknown_message(key, where, missing))
     if missing:
         raise ConfigError(_missing(missing))
 
@@ -682,7 +682,8 @@ def _nearest(key: str, known: Sequence[str]) -> str | None:
     return next((other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]), None)
 
 
-def _unknown_message(key: str, where: str, known: Sequence[str]) -> str:
+def unknown_message(key: str, where: str, known: Sequence[str]) -> str:
+    """That there is no such key, and which of `known` was probably meant."""
     dashes = "--" if where == "command line" else ""
     near = _nearest(key, known)
     advice = f"did you mean {dashes}{near}?" if near else "see --help for the keys there are"
@@ -722,7 +723,7 @@ def collect_user(args: Arguments) -> None:
         ours = key.rpartition(".")[0] in own_sections
         alike = near is not None and difflib.SequenceMatcher(None, key, near).ratio() > 0.8
         if ours or alike or (known and "." in key):
-            raise ConfigError(_unknown_message(key, where, [*args._options, *known]))
+            raise ConfigError(unknown_message(key, where, [*args._options, *known]))
         dashes = "--" if where == "command line" else ""
         print(f"note: {dashes}{key} ({where}) is in no section; left for main() to read", file=sys.stderr)
 

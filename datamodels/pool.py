@@ -18,7 +18,6 @@ from datamodels.cli import Option
 from datamodels.errors import ConfigError
 from datamodels.executors.base import Executor, Exit
 from datamodels.executors.local import LocalExecutor, cores
-from datamodels.spec import nearest
 from datamodels.store import Status, Store
 from datamodels.store import commit as commits
 from datamodels.worker import GAVE_UP, POOL_VARIABLE
@@ -343,7 +342,7 @@ def _refuse(key: str, where: str) -> None:
     if section == "worker" and name in _ONE_ROW:
         raise ConfigError(f"{key} ({where}): a pool runs all rows; use python -m datamodels.worker for one")
     if section == "pool":
-        raise ConfigError(f"{key} ({where}): unknown key{nearest(name, SECTIONS['pool'])}")
+        raise ConfigError(cli.unknown_message(key, where, [f"pool.{option}" for option in SECTIONS["pool"]]))
 
 
 def _for_worker(args: cli.Arguments) -> list[str]:

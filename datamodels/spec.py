@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodels.errors import RowError, SpecError
+from datamodels.errors import RowError, SpecError, json_mistake
 
 FORMAT = 1
 """Version of the on-disk contract that this code reads and writes."""
@@ -269,6 +269,11 @@ def _as_array(value: Any, where: str) -> np.ndarray:
             f"{where}: expected an array, got {type(value).__name__} ({error}); "
             f"return plain numbers, numpy arrays or torch tensors"
         ) from None
+    if array.dtype.kind == "O" and isinstance(value, np.ndarray):
+        raise RowError(
+            f"{where}: expected numbers or text, got an array of dtype object ({_show(value.ravel()[:9].tolist())}); "
+            f"give it the dtype of its entries, as in .astype('float32')"
+        )
     if array.dtype.kind == "O":
         raise RowError(
             f"{where}: expected numbers or text, got {_show(value)} of type {type(value).__name__}; "
@@ -462,6 +467,6 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise SpecError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
+        raise SpecError(f"{path}, line {error.lineno}, column {error.colno}: {json_mistake(error)}") from None
     except (ValueError, RecursionError) as error:  # an int of thousands of digits; thousands of brackets
         raise SpecError(f"{path}: cannot be read as JSON ({error})") from None

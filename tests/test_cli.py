@@ -210,7 +210,7 @@ def test_anchors_and_empty_sections(write):
         ("- worker", "c.yml", "-C FILE, line 1: expected a mapping of sections, got \"['worker']\""),
         ("worker: {index: 1", "c.yml", "-C FILE, line 1, column 18: not YAML (expected ',' or '}', but got"),
         ("worker:\n\tindex: 1\n", "c.yml", "-C FILE, line 2, column 1: not YAML (found character '\\t' that"),
-        ('{"worker":\n  {"index": }}', "c.json", "-C FILE, line 2, column 13: not JSON ("),
+        ('{"worker":\n  {"index": }}', "c.json", "-C FILE, line 2, column 13: not JSON: a value is missing"),
         ("[1]", "c.json", "-C FILE, line 1, column 1: expected {"),
         (
             '{"worker": {"index": 1, "index": 2}}',

@@ -136,9 +136,13 @@ def test_names_that_only_look_like_our_files_are_fine(name):
 
 
 FILES = {
-    "not JSON": ('{\n "num_models": 4,,\n}', "line 2, column 18: not JSON"),
-    "cut short": ('{"num_models": 4', "line 1, column 17: not JSON"),
-    "empty": ("", "line 1, column 1: not JSON"),
+    "not JSON": ('{\n "num_models": 4,,\n}', "line 2, column 18: not JSON: names stand in double quotes, and no comma"),
+    "a comma too many": ('{"schema": {"a": [1,]}}', "line 1, column 2.: not JSON: .*no comma behind the last"),
+    "Python's names": ('{"num_models": True}', "line 1, column 16: not JSON: .*true, false and null in lower case"),
+    "a comma too few": ('{"num_models": 4\n "schema": {}}', "line 2, column 2: not JSON: a comma between two entries"),
+    "two values": ('{"num_models": 4}\n{}', "line 2, column 1: not JSON: the file goes on"),
+    "cut short": ('{"num_models": 4', "line 1, column 17: not JSON: it ends too soon"),
+    "empty": ("", "line 1, column 1: not JSON: it is empty"),
     "NaN": ('{"num_models": NaN}', "NaN is not JSON"),
     "infinity": ('{"num_models": -Infinity}', "-Infinity is not JSON"),
     "beyond float64": ('{"num_models": 1e999}', "1e999 is beyond the largest float64"),
@@ -349,7 +353,7 @@ def test_nothing_is_broadcast(shape, value):
         (np.timedelta64(3), "int64", "expected numbers"),
         (None, "float64", "expected numbers or text, got None"),
         ({"a": 1}, "float64", "expected numbers or text"),
-        (np.array(1.0, dtype=object), "float64", "expected numbers or text"),
+        (np.array(1.0, dtype=object), "float64", r"array of dtype object \(\[1.0\]\); give it the dtype"),
         (np.ma.masked_array(1.0), "float64", "would lose its mask"),
         (np.longdouble(2**53) + np.longdouble(0.5), "int64", "not exactly a int64"),
         (np.array(1, dtype=[("a", "i4")]), "int64", "expected numbers"),

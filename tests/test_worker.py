@@ -146,7 +146,7 @@ BAD = {
     "[1, 2]": "must return a dict from key to value, got list",
     "{}": "required key 'x' missing; got 'width', 'masks'",
     "{'note': 'a'}": "required key 'x' missing; got 'width', 'masks', 'note'",
-    "{**good, 'xs': 1}": "unknown key 'xs'; did you mean 'x'?",
+    "{**good, 'xs': 1}": "unknown key 'xs'; did you mean 'x'? If not, add it to the schema",
     "{**good, '_completed': True}": "'_completed' is the store's own record",
     "{'x': [1, 2]}": "'x': expected shape [3], got [2]",
     "{'x': 1.0}": "'x': expected shape [3], got []",

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -215,6 +215,9 @@ class Store:
     ) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}: {self.num_models:,} rows of {_some(self.spec.schema)})"
+
     # ------------------------------------------------------------------ read
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -373,8 +376,9 @@ class Store:
             if key == COMPLETED:
                 raise RowError(f"{where}: {COMPLETED!r} is the store's own record; leave it out of what main() returns")
             if key not in self.spec.schema:
+                hint = nearest(str(key), self.spec.schema)
                 raise RowError(
-                    f"{where}: unknown key {key!r}{nearest(str(key), self.spec.schema)}; add it to the "
+                    f"{where}: unknown key {key!r}{hint}{' If not,' if hint.endswith('?') else ';'} add it to the "
                     f"schema, or leave it out"
                 )
         missing = [k for k, field in self.spec.schema.items() if field.required and k not in values]
@@ -554,6 +558,11 @@ class Store:
     @cached_property
     def required(self) -> tuple[str, ...]:
         return tuple(key for key, field in self.spec.schema.items() if field.required)
+
+
+def _some(keys: Iterable[str], most: int = 5) -> str:
+    names = list(keys)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} keys more" if len(names) > most else "")
 
 
 def _twice(numbers: list[int]) -> int:

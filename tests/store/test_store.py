@@ -258,6 +258,13 @@ def test_that_a_row_stands_twice_is_found_at_once(tmp_path):
         assert time.perf_counter() - started < 1
 
 
+def test_a_store_says_in_one_line_what_it_is(store, tmp_path):
+    assert repr(store) == f"Store('{store.path}': 6 rows of margins, tag, hit, extra, none)"
+    spec = {"num_models": 1200, "schema": {f"k{i}": {"shape": [], "dtype": "int8"} for i in range(7)}}
+    with Store.create(tmp_path / "many", spec) as many:
+        assert repr(many).endswith("1,200 rows of k0, k1, k2, k3, k4 and 2 keys more)")
+
+
 def test_a_row_that_another_holds_is_refused(store):
     with Store.open(store.path) as other:
         assert other.run.take(2)
