@@ -42,6 +42,16 @@ def test_any_number_of_shards_has_the_result_of_one_fit(logdir, tmp_path, monkey
     assert_same_result(tmp_path / "whole", tmp_path / "out")
 
 
+@pytest.mark.parametrize("shards", [2, 9])
+def test_fewer_rows_than_columns(tmp_path, monkeypatch, shards):
+    logdir = make_store(tmp_path / "store", rows=40, p=60)
+    compute(logdir, tmp_path / "whole")
+    begin(monkeypatch, logdir, tmp_path / "out", shards)
+    fill(tmp_path / "out")
+    main([str(tmp_path / "out")])
+    assert_same_result(tmp_path / "whole", tmp_path / "out")
+
+
 def test_a_slice_of_the_targets_with_options(logdir, tmp_path, monkeypatch):
     options = ["--data.target_start_ind=2", "--data.target_end_ind=9", "--data.num_val=30", "--data.seed=5",
                "--cfg.k=7", "--cfg.use_bias=0", "--early_stopping.patience=1"]  # fmt: skip
