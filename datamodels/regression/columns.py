@@ -7,6 +7,7 @@ by side. The regression and `write_dataset` take their rows from the same source
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from datamodels.errors import RegressionError
 
 if TYPE_CHECKING:
     from datamodels.design import Design
+    from datamodels.spec import Field
     from datamodels.store import Store
 
 CHOICES = "choices"  # the factors of the design, one column per level; a key of that name goes first
@@ -192,12 +194,63 @@ class ChoiceCode:
             out[np.repeat(here, ones.shape[1]), ones.reshape(-1)] = 1
 
 
+class StoreColumns:
+    """The columns of a store's rows that x_name stands for: keys, or `choices`, side by side.
+
+    Raises RegressionError for keys that the store does not have or that are no numbers.
+    """
+
+    def __init__(self, store: Store, x_name: str | Sequence[str], section: str = "data"):
+        self._store = store
+        self._code: ChoiceCode | None = None
+        parts = []
+        dtypes: list[np.dtype] = []
+        for name in split_names(x_name, section):
+            if name == CHOICES and name not in store.spec.schema:
+                self._code = ChoiceCode(store.design, f"the store {store.path}")
+                parts.append(Part(name, len(self._code.names), self._code.names))
+                dtypes.append(np.dtype(bool))
+                continue
+            field = _field(store, name, f"{section}.x_name", extra=[CHOICES] if store.design.factors else [])
+            parts.append(Part(name, math.prod(field.shape), None if field.shape else (name,)))
+            dtypes.append(field.value_dtype)
+        self.parts = tuple(parts)
+        self.dtype = common_dtype(dtypes)
+
+    @property
+    def width(self) -> int:
+        return sum(part.width for part in self.parts)
+
+    def fill(self, rows: np.ndarray, x: np.ndarray) -> None:
+        """The columns of these rows into x (m, p)."""
+        at = 0
+        for part in self.parts:
+            columns = x[:, at : at + part.width]
+            if self._code is not None and part.key == CHOICES:
+                self._code.fill(rows, columns)
+            else:
+                _read(self._store, part.key, rows, columns)
+            at += part.width
+
+
+def columns_of_store(
+    store: Store, rows: Sequence[int] | np.ndarray, *, x_name: str | Sequence[str] = "masks"
+) -> np.ndarray:
+    """Columns (m, p) of any complete rows, as problem_from_store lays them out; what `Datamodel.predict` takes.
+
+    Raises RegressionError for keys that cannot be columns, and for a level that no training row has.
+    """
+    columns = StoreColumns(store, x_name)
+    x = np.empty((len(rows), columns.width), dtype=columns.dtype)
+    columns.fill(np.asarray(rows), x)
+    return x
+
+
 class StoreSource:
     """The complete training rows of a store, read against their checksums.
 
-    x_name: keys, or `choices`.  target_start, target_end: slice of the outcomes, which may be the whole of them.
-    offset_name: a key of the outcomes' shape.  keep: (num_models,) bool, a further condition on rows.
-    section: of the command line, for messages.
+    x_name: keys, or `choices`.  offset_name: a key of the outcomes' shape.  keep: (num_models,) bool, a further
+    condition on rows.  section: of the command line, for messages.
 
     Raises RegressionError for keys that the store does not have or that are no numbers.
     """
@@ -215,29 +268,16 @@ class StoreSource:
     ):
         self.where = f"the store {store.path}"
         self._store = store
-        self._code: ChoiceCode | None = None
-        names = split_names(x_name, section)
-        parts = []
-        dtypes: list[np.dtype] = []
-        for name in names:
-            if name == CHOICES and name not in store.spec.schema:
-                self._code = ChoiceCode(store.design, self.where)
-                parts.append(Part(name, len(self._code.names), self._code.names))
-                dtypes.append(np.dtype(bool))
-                continue
-            field = self._field(name, f"{section}.x_name", extra=[CHOICES] if store.design.factors else [])
-            width = int(np.prod(field.shape, dtype=int))
-            parts.append(Part(name, width, None if field.shape else (name,)))
-            dtypes.append(field.value_dtype)
-        self.parts = with_penalties(parts, penalty, section)
-        self.x_dtype = common_dtype(dtypes)
-        field = self._field(y_name, f"{section}.y_name")
-        self.targets = Targets(y_name, int(np.prod(field.shape, dtype=int)), scalar=not field.shape)
+        self._columns = StoreColumns(store, x_name, section)
+        self.parts = with_penalties(self._columns.parts, penalty, section)
+        self.x_dtype = self._columns.dtype
+        field = _field(store, y_name, f"{section}.y_name")
+        self.targets = Targets(y_name, math.prod(field.shape), scalar=not field.shape)
         self.y_dtype = field.value_dtype
         self._offset = offset_name
         self.offset_dtype = None
         if offset_name is not None:
-            other = self._field(offset_name, f"{section}.offset_name")
+            other = _field(store, offset_name, f"{section}.offset_name")
             if other.shape != field.shape:
                 raise RegressionError(
                     f"{self.where}: offset {offset_name!r} ({section}.offset_name) has shape {list(other.shape)}, "
@@ -261,40 +301,37 @@ class StoreSource:
 
     def fill(self, first: int, last: int, x: np.ndarray, y: np.ndarray, offset: np.ndarray | None) -> None:
         rows = self.rows[first:last]
-        at = 0
-        for part in self.parts:
-            columns = x[:, at : at + part.width]
-            if self._code is not None and part.key == CHOICES:
-                self._code.fill(rows, columns)
-            else:
-                self._read(part.key, rows, columns, 0)
-            at += part.width
-        self._read(self.targets.key, rows, y, self.targets.first)
+        self._columns.fill(rows, x)
+        _read(self._store, self.targets.key, rows, y, self.targets.first)
         if offset is not None and self._offset is not None:
-            self._read(self._offset, rows, offset, self.targets.first)
+            _read(self._store, self._offset, rows, offset, self.targets.first)
 
-    def _read(self, key: str, rows: np.ndarray, out: np.ndarray, first: int) -> None:
-        """A key's columns first, first + 1, … of these rows into out; never more than a block is in memory."""
-        field = self._store.field(key)
-        width = int(np.prod(field.shape, dtype=int))
-        for low, high in chunks(len(rows), width * field.value_dtype.itemsize):
-            values = self._store.rows(key, rows[low:high]).reshape(high - low, width)
-            out[low:high] = values[:, first : first + out.shape[1]]
 
-    def _field(self, name: str, option: str, extra: Sequence[str] = ()) -> Any:
-        schema = self._store.spec.schema
-        if name not in schema:
-            raise RegressionError(f"{self.where} has no key {name!r} ({option}); it has {', '.join([*schema, *extra])}")
-        field = schema[name]
-        if len(field.shape) > 1:
-            raise RegressionError(
-                f"key {name!r} ({option}) has shape {field.shape} per row; the "
-                f"regression takes one number or one vector per row"
-            )
-        if field.value_dtype.kind not in "biuf":
-            advice = f"; a factor of the design comes as {CHOICES!r}" if name in self._store.design.factors else ""
-            raise RegressionError(f"key {name!r} ({option}) holds {field.dtype}, no numbers{advice}")
-        return field
+def _read(store: Store, key: str, rows: np.ndarray, out: np.ndarray, first: int = 0) -> None:
+    """A key's columns first, first + 1, … of these rows into out; never more than a block is in memory."""
+    field = store.field(key)
+    width = math.prod(field.shape)
+    for low, high in chunks(len(rows), width * field.value_dtype.itemsize):
+        values = store.rows(key, rows[low:high]).reshape(high - low, width)
+        out[low:high] = values[:, first : first + out.shape[1]]
+
+
+def _field(store: Store, name: str, option: str, extra: Sequence[str] = ()) -> Field:
+    schema = store.spec.schema
+    if name not in schema:
+        raise RegressionError(
+            f"the store {store.path} has no key {name!r} ({option}); it has {', '.join([*schema, *extra])}"
+        )
+    field = schema[name]
+    if len(field.shape) > 1:
+        raise RegressionError(
+            f"key {name!r} ({option}) has shape {field.shape} per row; the regression takes one number or one vector "
+            f"per row"
+        )
+    if field.value_dtype.kind not in "biuf":
+        advice = f"; a factor of the design comes as {CHOICES!r}" if name in store.design.factors else ""
+        raise RegressionError(f"key {name!r} ({option}) holds {field.dtype}, no numbers{advice}")
+    return field
 
 
 class FolderSource:

@@ -205,7 +205,7 @@ def test_a_file_that_exists_is_left_as_it_is(file, tmp_path):
     with pytest.raises(RegressionError, match="exists and is left as it is"):
         write(file, *make_rows())
     (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(RegressionError, match="exists"):
+    with pytest.raises(RegressionError, match="link: exists and is left as it is"):
         write(tmp_path / "link", *make_rows())
     with pytest.raises(RegressionError, match="appeared meanwhile"), beton.whole(tmp_path / "b", needed=0):
         (tmp_path / "b").write_text("mine")
@@ -250,6 +250,29 @@ def _umask():
     now = os.umask(0)
     os.umask(now)
     return now
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, nameless):
+    if not nameless:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    done = []
+
+    def watched(name):
+        call = getattr(os, name)
+
+        def watch(*args, **options):
+            done.append((name, args[0]))
+            return call(*args, **options)
+
+        return watch
+
+    for name in ("pwrite", "fsync", "link"):
+        monkeypatch.setattr(os, name, watched(name))
+    write(tmp_path / "a", *make_rows())
+    (last, fd), (synced, same), (named, _), (finally_, folder) = done[-4:]
+    assert (last, synced, named, finally_) == ("pwrite", "fsync", "link", "fsync")
+    assert fd == same != folder
 
 
 # -- damage -------------------------------------------------------------------------------------------------

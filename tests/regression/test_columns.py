@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datamodels.errors import RegressionError
-from datamodels.regression import make_problem, memory, problem_from_store
+from datamodels.regression import columns_of_store, make_problem, memory, problem_from_store
 from datamodels.regression.columns import ChoiceCode, Groups, Part, Targets, chunks, common_dtype
 from datamodels.store import Store
 
@@ -229,15 +229,30 @@ def test_reading_in_blocks_changes_nothing(tmp_path, monkeypatch):
 
 
 def test_groups_of_rows():
-    ids = np.array([5, -1, 5, -1, -1])
-    groups = Groups(ids)
-    groups.add(np.array([[0], [1], [0]]))
+    groups = Groups(np.array([0, 1, -1, 1, -1, -1]))
+    groups.add(np.array([[0], [0], [1], [0]]))
     groups.add(np.array([[2], [1]]))
     found = groups.ids()
-    assert found[0] == found[2] == 5
-    assert found[1] == found[4] != found[3]
-    assert len(set(found)) == 3
+    assert found[:2].tolist() == [0, 1] and found[3] == 1
+    assert found[2] == found[5] != found[4]
+    assert len(set(found)) == 4  # none of theirs is one of the masks', though these have the numbers that come first
     np.testing.assert_array_equal(Groups(np.array([3, 3, 1])).ids(), [3, 3, 1])
+
+
+def test_columns_of_any_rows(tmp_path):
+    """Those of evaluation rows too, which no problem holds, so that a model of choices can predict them."""
+    block = {"role": "eval", "masks": 2, "seed": 3, "sampler": "bernoulli", "choices": {"aug": ["flip"], "lr": [0.5]}}
+    store = make_store(tmp_path / "s", others=[block])
+    x_name = ["masks", "choices", "features"]
+    problem = problem_from_store(store, x_name=x_name)
+    some = [5, 3, 77]
+    np.testing.assert_array_equal(columns_of_store(store, problem.rows[some], x_name=x_name), problem.x[some])
+    rows = np.flatnonzero(store.design.roles == "eval")[:2]
+    found = columns_of_store(store, rows, x_name=x_name)
+    np.testing.assert_array_equal(found[:, :P], store.rows("masks", rows))
+    np.testing.assert_array_equal(found[:, P : P + 5], [[0, 0, 1, 0, 1]] * 2)
+    np.testing.assert_array_equal(found[:, P + 5 :], store.rows("features", rows))
+    assert found.dtype == problem.x.dtype
 
 
 def test_parts_and_targets_come_back_from_json():
