@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from datamodels.regression import integers
+from datamodels.regression import products
 
 TILE = 1024  # columns of one product
 
@@ -134,16 +134,16 @@ def multiply(columns: Columns, workers: int) -> Gram:
 
         def whole(first: int, train=train, full=full, largest=largest) -> None:  # type: ignore[no-untyped-def]
             tile = slice(first, first + TILE)
-            products = []
+            tiles = []
             for part in (x[:n_train], x[n_train:]):
-                blocks = (part[at : at + integers.ROWS].view(np.int8) for at in range(0, len(part), integers.ROWS))
+                blocks = (part[at : at + products.ROWS].view(np.int8) for at in range(0, len(part), products.ROWS))
                 product = None
                 for block in blocks:
-                    more = integers.matmul(block[:, tile].T, block[:, first:])
+                    more = products.matmul(block[:, tile].T, block[:, first:])
                     product = more if product is None else np.add(product, more, out=product)
-                products.append(product)
+                tiles.append(product)
             largest[first // TILE] = _place(
-                products[0], products[1], counts[0], counts[1], n_train, n - n_train, scale, shift, first, train, full
+                tiles[0], tiles[1], counts[0], counts[1], n_train, n - n_train, scale, shift, first, train, full
             )
 
         _in_parallel(whole, range(0, p, TILE), workers)

@@ -8,15 +8,16 @@ from threading import Event, local
 
 import numpy as np
 
-from datamodels.regression import descent, integers
+from datamodels.regression import descent
 from datamodels.regression.gram import TILE, Columns, Gram, code_columns, multiply
 from datamodels.regression.lasso import PathOptions, Solution, float32_at_least
 from datamodels.regression.problem import Problem
+from datamodels.regression.products import times_columns
 from datamodels.regression.scale import Scale
 from datamodels.regression.threads import each_chunk
 
 NAME = "gram"
-TARGETS = 64  # products with the columns are made for so many at a time; real columns need them padded to it
+TARGETS = 64  # products with the columns are made for so many at a time
 PATH_TOL = 1e-3  # largest violation / lam on the path, which only chooses a lambda; the refit goes to options.tol
 NEVER = 1e300  # the threshold of a column that must not be chosen
 FAR = 0.5  # a coded mean beyond it leaves float32 too few digits for the path; so do columns that are not centred
@@ -118,8 +119,8 @@ class Job:
         y -= self.into.train.y_mean[at, None]  # r0 of the path's rows; the others about the same mean
         on_train, on_val = y[:, : train.n], y[:, train.n :]
         total = on_train.sum(axis=1), on_val.sum(axis=1)
-        q = products(columns, on_train, slice(0, train.n), total[0])
-        q_full = q + products(columns, on_val, slice(train.n, None), total[1])
+        q = gradient(columns, on_train, slice(0, train.n), total[0])
+        q_full = q + gradient(columns, on_val, slice(train.n, None), total[1])
         q -= np.outer(total[0], train.mu)
         q_full -= np.outer(total[0] + total[1], full.mu)
         power = (on_train**2).sum(axis=1)
@@ -187,17 +188,14 @@ class Job:
         into.weight[W, t] = w / self.columns.unit[W]
 
 
-def products(columns: Columns, r: np.ndarray, rows: slice, total: np.ndarray) -> np.ndarray:
+def gradient(columns: Columns, r: np.ndarray, rows: slice, total: np.ndarray) -> np.ndarray:
     """X'ᵀr (B, p) of residuals r (B, rows) whose sums are total (B,)."""
     x = columns.x[rows]
+    raw = times_columns(r, x)
     if x.dtype == bool:
-        raw = integers.times_columns(r, x)
         raw -= total[:, None] * columns.origin
         raw /= columns.unit
-        return raw
-    padded = np.zeros((TARGETS, r.shape[1]))  # of one shape always: BLAS rounds different shapes differently
-    padded[: len(r)] = r
-    return (padded @ x)[: len(r)]
+    return raw
 
 
 def unpenalised(side: Side, thr: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ from datamodels.errors import RegressionError
 from datamodels.regression import memory
 from datamodels.regression.datamodel import CONSTANT, END_OF_PATH, TURNED, Datamodel, RegularizationPath
 from datamodels.regression.problem import Problem
-from datamodels.regression.scale import BLOCK_VALUES, Scale, row_blocks
+from datamodels.regression.scale import Scale, row_blocks
 from datamodels.regression.threads import each_chunk
 
 # On digits (1,000 columns, 797 targets) twice the lambdas and twice the patience gave the same LDS to .0002 for 1.7
@@ -37,7 +37,7 @@ DEFAULT_PATIENCE = 3
 DEFAULT_TOL = 1e-5
 SOLVERS = ("auto", "cpu", "gpu", "fast_l1", "gram", "wide")
 WIDE = 20_000, 20  # more columns than that, or than that many per row, and more than rows: a Gram matrix does not pay
-CERTIFIED = 64  # targets at a time; real columns need them padded to it, for BLAS rounds other shapes otherwise
+CERTIFIED = 64  # targets at a time
 
 
 class RegressionWarning(UserWarning):
@@ -206,8 +206,10 @@ def certify(
 
     and the absolute P − D where r0 = 0. The violation is the distance of Xᵀ(y − o − X w)/n sd_j from
     lam v_j sign(w_j), or from [−lam v_j, lam v_j] where w_j = 0, at its largest over the columns; absolute where
-    lam = 0. Products with 0/1 columns are those of integers.py, which round no more than float64 does.
+    lam = 0. Products with 0/1 columns are those of products.py, which round no more than float64 does.
     """
+    from datamodels.regression import products
+
     n, T = len(rows), weight.shape[1]
     gap, kkt = np.zeros(T), np.zeros(T)
     own = x if n == len(x) and (rows == np.arange(n)).all() else x[rows]
@@ -230,13 +232,13 @@ def certify(
         r0 = y[rows, some].astype(np.float64)
         r0 = np.ascontiguousarray((r0 if offset is None else r0 - offset[rows, some]).T)
         highest = np.abs(r0).max(axis=1)
-        r = r0 - _times(own, w)
+        r = r0 - products.rows_times(own, w)
         if use_bias:
             r0 -= r0.mean(axis=1, keepdims=True)
             r -= r.mean(axis=1, keepdims=True)
         v = np.ascontiguousarray(np.broadcast_to(shrunk[:, some] if shrunk.shape[1] > 1 else shrunk, w.T.shape).T)
-        v = v[:, varies].astype(np.float64)
-        plain, of_plain = r, _gradient(own, r)[:, varies] / (n * sd[varies])
+        v = np.ascontiguousarray(v[:, varies], dtype=np.float64)
+        plain, of_plain = r, products.times_columns(r, own)[:, varies] / (n * sd[varies])
         g = of_plain
         if (v == 0).any():
             plain, r = r, r.copy()
@@ -244,8 +246,8 @@ def certify(
                 q = basis(varies[v[b] == 0])
                 r0[b] -= q @ (q.T @ r0[b])
                 r[b] -= q @ (q.T @ r[b])
-            g = _gradient(own, r)[:, varies] / (n * sd[varies])
-        u = w[:, varies] * sd[varies]
+            g = products.times_columns(r, own)[:, varies] / (n * sd[varies])
+        u = np.ascontiguousarray(w[:, varies]) * sd[varies]  # in rows: numpy sums columns in another order
 
         bound = lam[some, None] * v
         over = np.divide(np.abs(g), bound, out=np.zeros_like(g), where=(v > 0) & (bound > 0))
@@ -263,36 +265,6 @@ def certify(
     for _ in each_chunk(chunk, T, workers, CERTIFIED, Event()):
         pass
     return gap, kkt
-
-
-def _times(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """(B, n): x @ w.T, of x (n, p) and w (B, p)."""
-    if x.dtype == bool:
-        from datamodels.regression import integers
-
-        return integers.rows_times(x, w)
-    out = np.empty((len(w), len(x)))
-    for rows in row_blocks(np.arange(len(x)), x.shape[1]):
-        out[:, rows] = (_padded(w) @ x[rows].astype(np.float64).T)[: len(w)]
-    return out
-
-
-def _gradient(x: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """(B, p): r @ x, of x (n, p) and r (B, n)."""
-    if x.dtype == bool:
-        from datamodels.regression import integers
-
-        return integers.times_columns(r, x)
-    out = np.zeros((CERTIFIED, x.shape[1]))
-    for rows in row_blocks(np.arange(len(x)), x.shape[1]):
-        out += _padded(r[:, rows]) @ x[rows].astype(np.float64)
-    return out[: len(r)]
-
-
-def _padded(values: np.ndarray) -> np.ndarray:
-    out = np.zeros((CERTIFIED, values.shape[1]))
-    out[: len(values)] = values
-    return out
 
 
 def _as_masks(problem: Problem) -> Problem:
@@ -350,8 +322,7 @@ def _needed(solver: ModuleType, problem: Problem, T: int, workers: int) -> int:
     """Bytes that the fit of T targets takes at its largest, beside the problem: weights, and solver or certificate."""
     n, p = len(problem.train) + len(problem.val), problem.x.shape[1]
     some, busy = min(T, CERTIFIED), min(workers, -(-T // CERTIFIED))
-    block = 0 if problem.x.dtype == bool else 10 * min(n * p, BLOCK_VALUES)
-    certificate = block + busy * 8 * some * (12 * p + 12 * n)
+    certificate = busy * 8 * some * (12 * p + 12 * n)
     return 4 * p * T + max(solver.memory(n, p, T, problem.x.dtype, workers), certificate)
 
 

@@ -14,7 +14,7 @@ from threading import Event
 import numba
 import numpy as np
 
-from datamodels.regression import descent, integers
+from datamodels.regression import descent, products
 from datamodels.regression.lasso import PathOptions, Solution, float32_at_least
 from datamodels.regression.problem import Problem
 from datamodels.regression.scale import Scale
@@ -54,16 +54,13 @@ class Columns:
     train: Part
     full: Part
 
-    def gradient(self, r: np.ndarray, n: int, limbs: int = integers.LIMBS) -> np.ndarray:
+    def gradient(self, r: np.ndarray, n: int, limbs: int = products.LIMBS) -> np.ndarray:
         """X'ᵀr (B, p) over the first n rows of residuals r (B, ≥ n)."""
         r, x = np.ascontiguousarray(r[:, :n]), self.x[:n]
-        if x.dtype != bool:
-            padded = np.zeros((TARGETS, n))  # of one shape always: BLAS rounds different shapes differently
-            padded[: len(r)] = r
-            return (padded @ x)[: len(r)]
-        g = integers.times_columns(r, x, limbs)
-        g -= r.sum(axis=1)[:, None] * self.origin
-        g /= self.unit
+        g = products.times_columns(r, x, limbs)
+        if x.dtype == bool:
+            g -= r.sum(axis=1)[:, None] * self.origin
+            g /= self.unit
         return g
 
 

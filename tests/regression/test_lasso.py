@@ -226,12 +226,18 @@ def test_any_number_of_workers_gives_the_same_bits():
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
-def test_targets_do_not_touch_each_other():
-    x, y = simulate(T=8)
-    together = quiet_fit(make_problem(x, y))
-    for t in (0, 7):
-        alone = quiet_fit(make_problem(x, y[:, t : t + 1]))
-        np.testing.assert_allclose(alone.weight[:, 0], together.weight[:, t], atol=1e-6)
+@pytest.mark.parametrize("real", [False, True], ids=["masks", "real"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_target_has_the_same_bits_among_any_others(use_bias, real):
+    x, y = simulate(n=333, T=256)
+    x = x + 0.1 * np.random.default_rng(5).standard_normal(x.shape) if real else x
+    y = y.astype(np.float32)
+    whole = quiet_fit(make_problem(x, y), use_bias=use_bias, workers=2)
+    for some in (slice(0, 7), slice(100, 101), slice(250, 256), slice(60, 70)):
+        part = quiet_fit(make_problem(x, y[:, some]), use_bias=use_bias, workers=1)
+        for name in ("weight", "bias", "lam", "gap", "kkt", "r2_train", "r2_val"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[..., some], err_msg=name)
+        np.testing.assert_array_equal(part.path.val_mse, whole.path.val_mse[:, some])
 
 
 def test_constant_target_has_its_value_as_bias_and_is_named():

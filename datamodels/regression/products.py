@@ -1,9 +1,10 @@
-"""Exact products with 0/1 matrices, in int8: the same to the bit for any number of threads and any tiling.
+"""Products with the columns: the same to the bit for any number of threads and whatever other targets there are.
 
-A real matrix is written in fixed point, LIMBS signed digits to the base 256 with one power of two per row; each digit's
-product with a 0/1 matrix is an integer that int32 holds, and sums of integers do not depend on their order. What is
-lost is the rounding to 2**-46 of a row's largest value, once. Processors that multiply int8 matrices do this several
-times faster than a float32 product would be.
+With 0/1 columns they are exact, in int8. A real matrix is written in fixed point, signed digits to the base 256 with one
+power of two per row; each digit's product with a 0/1 matrix is an integer that int32 holds, and sums of integers do not
+depend on their order. What is lost is the rounding to 2**-46 of a row's largest value, once. Processors that multiply
+int8 matrices do this several times faster than a float32 product would be. Products with real columns are plain loops:
+BLAS rounds a row differently among others.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def join(products: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 
 def times_columns(values: np.ndarray, x: np.ndarray, count: int = LIMBS) -> np.ndarray:
-    """values (m, k) float64 @ x (k, n) bool: (m, n) float64, with `count` digits of each value."""
+    """values (m, k) float64 @ x (k, n): (m, n) float64; where x is bool, with `count` digits of each value."""
+    if x.dtype != bool:
+        return _times_real(np.ascontiguousarray(values, dtype=np.float64), x)
     digits, unit = limbs(values, count)
     if len(x) <= ROWS:
         return join(matmul(digits, x.view(np.int8)), unit)
@@ -80,7 +83,9 @@ def times_columns(values: np.ndarray, x: np.ndarray, count: int = LIMBS) -> np.n
 
 
 def rows_times(x: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """x (k, n) bool @ values (m, n)ᵀ float64: (m, k) float64."""
+    """x (k, n) @ values (m, n)ᵀ float64: (m, k) float64."""
+    if x.dtype != bool:
+        return _real_times(x, np.ascontiguousarray(values, dtype=np.float64))
     digits, unit = limbs(values)
     if x.shape[1] <= ROWS:
         return join(matmul(x.view(np.int8), digits.T).T, unit)
@@ -119,3 +124,37 @@ def _join(products, unit, out):  # type: ignore[no-untyped-def]
             for limb in range(len(products) - 2, -1, -1):
                 total = total * 256.0 + products[limb, i, j]
             out[i, j] = total * unit[i]
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _times_real(values, x):  # type: ignore[no-untyped-def]
+    out = np.zeros((len(values), x.shape[1]))
+    for i in range(len(x)):
+        row = x[i]
+        for t in range(len(values)):
+            value, into = values[t, i], out[t]
+            for j in range(len(row)):
+                into[j] += value * np.float64(row[j])
+    return out
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _real_times(x, values):  # type: ignore[no-untyped-def]
+    out = np.empty((len(values), len(x)))
+    whole = x.shape[1] - x.shape[1] % 8
+    sums = np.empty(8)
+    for i in range(len(x)):
+        row = x[i]
+        for t in range(len(values)):
+            own = values[t]
+            sums[:] = 0.0
+            for j in range(0, whole, 8):
+                for a in range(8):
+                    sums[a] += np.float64(row[j + a]) * own[j + a]
+            total = 0.0
+            for j in range(whole, len(row)):
+                total += np.float64(row[j]) * own[j]
+            for a in range(8):
+                total += sums[a]
+            out[t, i] = total
+    return out
