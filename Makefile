@@ -4,6 +4,7 @@
 #   make test      the tests              (make test ARGS="--runslow -k store")
 #   make lint      ruff and mypy
 #   make bench     the benchmarks; they print, and write nothing
+#   make bench-gpu the GPU solver on a machine with one: is it right, how fast is it
 #   make ffcv      adds FFCV 1.0.2, which can read and write .beton files too
 #   make clean     removes .venv and what the tools cached
 #
@@ -18,7 +19,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OPENCV := /usr/include/opencv4
 
-.PHONY: help demo test lint bench ffcv clean
+.PHONY: help demo test lint bench bench-gpu ffcv clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -78,6 +79,9 @@ ffcv: $(READY)
 	    $(RUN) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
 	    --config-settings editable_mode=compat -e '.[ffcv]'; \
 	$(RUN) -c 'import ffcv'
+
+bench-gpu: $(READY)
+	@$(RUN) benchmarks/gpu.py --device cuda $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

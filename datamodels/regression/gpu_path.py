@@ -65,6 +65,7 @@ from datamodels.regression.gpu_columns import (
     Span,
     Units,
     added,
+    as_slice,
     certify,
     fresh,
     gap_of,
@@ -216,10 +217,11 @@ class Gram:
         """G d, (B, width), of standardised d (B, width); without what the unpenalised columns explain."""
         w = d * self.scale
         columns = w.any(0).nonzero()[:, 0]
-        if 2 * len(columns) < self.width:  # few targets, or few changes
-            columns = torch.nn.functional.pad(columns, (0, padded(max(1, len(columns)), COLUMNS) - len(columns)))
+        count = len(columns)
+        if 2 * count < self.width:  # few targets, or few changes
+            columns = torch.nn.functional.pad(columns, (0, padded(max(1, count), COLUMNS) - count))
             part = w[:, columns]
-            part[:, len(w.any(0).nonzero()) :] = 0
+            part[:, count:] = 0
             out = self._entries_times(part, [entries[columns] for entries in self.entries])
         else:
             out = self._entries_times(w, self.entries)
@@ -352,8 +354,9 @@ def advance(
     place = np.searchsorted(SIZES, size[local])
     for c in np.unique(place):
         members, m = local[place == c], int(SIZES[c])
-        for first in range(0, len(members), max(1, values // m**2)):
-            rows = torch.from_numpy(members[first : first + max(1, values // m**2)]).to(gram.device)
+        step = max(1, min(values // m**2, at_once))
+        for first in range(0, len(members), step):
+            rows = torch.from_numpy(members[first : first + step]).to(gram.device)
             _solve_local(gram, span, state, rows, mask, m, lam, tol, delta)
     for first in range(0, len(whole), at_once):
         _solve_whole(gram, span, state, torch.from_numpy(whole[first : first + at_once]).to(gram.device), lam, tol)
@@ -470,8 +473,7 @@ def solve(
     Raises RegressionError when the device is not there.
     """
     where = open_device(device)
-    if precision is None:
-        precision = "double" if where.type == "cpu" else "half" if has_half_product(where) else "single"
+    precision = precision or default_precision(where)
     if precision not in WORK or engine not in ("active", "local", "prox"):
         raise RegressionError(
             f"precision={precision!r}, engine={engine!r}: expected one of {', '.join(WORK)}, and active, local or prox"
@@ -482,13 +484,15 @@ def solve(
     if there is not None and fixed + min(T, FEWEST) * each > there:
         from datamodels.regression import gpu_tiles
 
-        return gpu_tiles.solve(
-            problem, options, use_bias, workers, progress, device, precision=precision, stage=stage
-        )
+        return gpu_tiles.solve(problem, options, use_bias, workers, progress, device, precision=precision, stage=stage)
     at_once = T if there is None else max(1, min(T, int((there - fixed) // each)))
     fit = Fit(problem, options, use_bias, where, precision, engine, at_once, progress, stage or (lambda name: None))
     with torch.no_grad():
         return fit.run(binary)
+
+
+def default_precision(device: torch.device) -> str:
+    return "double" if device.type == "cpu" else "half" if has_half_product(device) else "single"
 
 
 def available(device: torch.device) -> int | None:
@@ -505,7 +509,7 @@ def needs(n: int, p: int, binary: bool, precision: str, wide_penalty: bool, kind
     columns = width * (rows // 8 if binary else rows * 8)
     limbs = 2 if precision == "half" and not binary else 1
     scratch = 6 * TILE_BYTES + 12 * work * max(VALUES[kind], width)
-    each = width * (4 * work + 12 + (4 * work if wide_penalty else 0)) + rows * 3 * 8
+    each = width * (4 * work + 48 + (4 * work if wide_penalty else 0)) + rows * 4 * 8
     return columns + limbs * width * width * item + scratch, each
 
 
@@ -628,7 +632,9 @@ class Fit:
                 continue
             rows = torch.from_numpy(arrived).to(self.device)
             there = state.keep(rows)
+            self.stage("validation")
             error = self._validate(there, units, span, unpenalised, val_y)
+            self.stage("path")
             named, step = targets[row[arrived]], at[arrived]
             into.path_lam[step, named], into.path_mse[step, named] = lam_now[arrived], error
             into.path_nnz[step, named] = (there.u != 0).sum(1).cpu().numpy()
@@ -759,8 +765,8 @@ class Fit:
         p = self.problem.x.shape[1]
         self.stage("weights")
         for first in range(0, len(targets), 1024):
-            some = weight[first : first + 1024, :p].T.contiguous().cpu().numpy()
-            into.weight[:, targets[first : first + 1024]] = some
+            some = as_slice(targets[first : first + 1024])
+            into.weight[:, some] = weight[first : first + 1024, :p].T.contiguous().cpu().numpy()
         self.progress(len(targets))
 
     def _settle(self, gram: Gram, span: Span | None, state: State, lam: torch.Tensor, tol: float) -> None:

@@ -73,6 +73,7 @@ from datamodels.regression.gpu_path import (
     WORK,
     Local,
     available,
+    default_precision,
     explained,
 )
 from datamodels.regression.gpu_prox import minimise
@@ -337,8 +338,7 @@ def solve(
 ) -> Solution:
     """As gpu_path.solve, without a p × p matrix. ahead: lambdas that are solved between two scans."""
     where = open_device(device)
-    if precision is None:
-        precision = "double" if where.type == "cpu" else "half" if has_half_product(where) else "single"
+    precision = precision or default_precision(where)
     if precision not in WORK or ahead < 1:
         raise RegressionError(
             f"precision={precision!r}, ahead={ahead}: expected one of {', '.join(WORK)}, and 1 or more"
@@ -357,6 +357,7 @@ def solve(
         for group in groups(problem, at_once, data.width, where):
             fit.path(group)
             fit.refit(group)
+        fit.stage("end")
     return fit.solution
 
 
