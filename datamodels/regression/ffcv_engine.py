@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import subprocess
 import sys
 import threading
@@ -197,7 +196,7 @@ def write(
     try:
         with contextlib.suppress(BrokenPipeError):  # it has died already, and says why
             asked.write(rows.astype("<i8").tobytes())
-            asked.flush()
+            asked.close()
         seen = 0
         for line in said:
             if line.strip().isdigit() and progress is not None:
@@ -205,11 +204,11 @@ def write(
                 seen = int(line)
         status = process.wait()
     finally:
-        with contextlib.suppress(OSError):
-            asked.close()  # tells it that we are gone, however we go
+        with contextlib.suppress(BrokenPipeError):
+            asked.close()
+        said.close()  # tells it that we are gone, however we go
         process.wait()
         listener.join()
-        said.close()
         complained.close()
     if status != 0:
         lines = [line for line in b"".join(told).decode(errors="replace").splitlines() if line.strip()]
@@ -286,15 +285,13 @@ def _watch(writer: Any, counter: Any, workers: list[Any], samples: int, patience
         while True:
             time.sleep(_WAIT)
             done = min(counter.value, samples)
+            print(done, flush=True)  # if nobody reads it any more, our parent has gone, and this raises
             if done != seen:
                 seen, since = done, time.monotonic()
-                print(done, flush=True)
             failed = [worker.exitcode for worker in workers if worker.exitcode]
             if failed:
                 why = "" if failed[0] > 0 else f"a process of it ended by signal {-failed[0]}"
                 break
-            if select.select([0], [], [], 0)[0]:
-                break  # the parent has gone
             if time.monotonic() - since > patience:
                 why = f"no rows for {patience:.0f} s"
                 break
