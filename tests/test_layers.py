@@ -36,6 +36,7 @@ LAYERS = [
     ("zoo", 1),
     ("measurements", 1),
     ("errors", 0),
+    ("files", 0),
     ("spec", 0),
     ("cli", 0),
     ("", 0),  # datamodels/__init__.py itself

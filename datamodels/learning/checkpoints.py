@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from datamodels import files
 from datamodels.errors import DatamodelsError
 
 
@@ -26,21 +25,8 @@ def save(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
             )
     # a slice would be saved with all of the storage it is cut from, as an ensemble's are
     state = {name: value.detach().clone() for name, value in state.items()}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # mkstemp would make it private
-    try:
-        with open(beside, "xb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name is in the folder, not in the file
-    finally:
-        os.close(folder)
+    with files.whole(path) as file:
+        torch.save(state, file)
 
 
 def load(path: str | Path, *, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datamodels import files
 from datamodels.errors import RegressionError
 from datamodels.regression.scale import BLOCK_VALUES, row_blocks
 
@@ -152,16 +153,8 @@ class Datamodel:
             "targets": list(self.targets),
             "about": dict(self.about),
         }
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(beside, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with files.whole(path) as file:
+            torch.save(state, file)
 
     def sparse_is_smaller(self) -> bool:
         """Whether the non-zeros with their places take less space than all weights: 20 bytes each, or 4."""

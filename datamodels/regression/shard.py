@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodels import pool
+from datamodels import files, pool
 from datamodels.errors import RegressionError
 from datamodels.regression import lasso, result
 from datamodels.regression.compute_datamodels import compute, read, say

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from datamodels import files
 from datamodels.errors import DatamodelsError
 
 if TYPE_CHECKING:
@@ -365,19 +364,9 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Write the figure in the format of the path's ending; the file is there whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    try:
-        with _style(), os.fdopen(handle, "wb") as file:
-            # No date and no version in it: the same picture is the same file.
-            figure.savefig(file, format=path.suffix.removeprefix(".") or "png", metadata=_METADATA.get(path.suffix))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
-        raise
+    with _style(), files.whole(path) as file:
+        # No date and no version in it: the same picture is the same file.
+        figure.savefig(file, format=path.suffix.removeprefix(".") or "png", metadata=_METADATA.get(path.suffix))
     return path
 
 
@@ -386,12 +375,6 @@ _METADATA: dict[str, dict[str, Any]] = {
     ".svg": {"Date": None},
     ".pdf": {"CreationDate": None},
 }
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager

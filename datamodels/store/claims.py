@@ -32,6 +32,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from datamodels import files
 from datamodels.errors import ClaimLost, StoreError
 
 TIME_TO_LIVE = 120.0
@@ -157,10 +158,8 @@ class Run:
         with self._mutex:
             now = _now()
             self._record["beat"] = int(self._record["beat"]) + 1
-            path = self.folder / "runs" / f"{self.id}.json"
-            beside = path.with_name(f".{path.name}.partial")
-            beside.write_text(json.dumps(self._record, indent=1))
-            os.replace(beside, path)
+            with files.whole(self.folder / "runs" / f"{self.id}.json", sync=False) as file:
+                file.write(json.dumps(self._record, indent=1).encode())
             self._last_beat = now
 
     def close(self, exit_status: int | None = None) -> None:

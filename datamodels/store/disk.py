@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from datamodels import files
 from datamodels.errors import StoreError
 
 # What is known to have one host; anything else is treated as shared with others.
@@ -166,23 +167,10 @@ class PosixDisk:
     def put(self, name: str, data: bytes) -> None:
         """A file with `data`, whole or not at all, replacing what was there; durable when this returns."""
         path = self.root / name
-        beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         with _explained(self.root, name):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-                try:
-                    _write_all(fd, data, 0)
-                    if self.durable:
-                        os.fsync(fd)
-                finally:
-                    os.close(fd)
-                os.replace(beside, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(beside)
-                raise
-            self.sync_folder(path.parent)
+            with files.whole(path, sync=self.durable) as file:
+                file.write(data)
 
     def remove(self, name: str) -> None:
         path = self.root / name
@@ -199,14 +187,7 @@ class PosixDisk:
 
     def sync_folder(self, folder: Path) -> None:
         if self.durable:
-            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            except OSError as error:  # some network file systems cannot sync a folder
-                if error.errno != errno.EINVAL:
-                    raise
-            finally:
-                os.close(fd)
+            files.sync_folder(folder)
 
 
 @contextlib.contextmanager
