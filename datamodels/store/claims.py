@@ -217,8 +217,13 @@ class Run:
                 with self._overtaking(holder) as allowed:
                     if not allowed:
                         return False
-                    self._link(row, generation + 1)
+                    made = self._link(row, generation + 1)
                 generation += 1
+                if made and self.holder(row, generation - 1) != holder:
+                    # Since that was looked at, others have taken the row and given it back, with all its claims; who
+                    # has it now may not have seen ours.
+                    os.unlink(self.path(row, generation))
+                    generation = 0
 
     def _link(self, row: int, generation: int) -> bool:
         """Make a claim unless there is one; whether it was made."""
@@ -323,11 +328,13 @@ class Run:
     def holds(self, row: int) -> bool:
         """Whether the row's highest claim is this run's."""
         generation = self.claims.get(row)
-        return (
-            generation is not None
-            and self.holder(row, generation) == self.id
-            and not os.path.lexists(self.path(row, generation + 1))
-        )
+        if generation is None or self.holder(row, generation) != self.id:
+            return False
+        for wait in (0.01, 0.1, 0.0):  # a claim made upon an old look is withdrawn at once
+            if not os.path.lexists(self.path(row, generation + 1)):
+                return True
+            time.sleep(wait)
+        return False
 
     def _within_lease(self, rows: Sequence[int]) -> None:
         silent = _now() - self._last_beat

@@ -410,6 +410,40 @@ def test_an_overtaken_holder_that_gives_back_does_not_open_the_row(path):
         assert links(path) == []
 
 
+@pytest.mark.parametrize("older", [1, 2])
+def test_a_row_that_is_given_back_and_taken_while_another_overtakes_the_dead_has_one_holder(path, older):
+    """One has seen that the holder is dead; before it makes its claim, the row goes through two other hands."""
+    dead = [f"20200101T000000-0000000{number}" for number in range(older)]
+    for generation, run in enumerate(dead):
+        os.symlink(run, path / "claims" / f"1.{generation}")
+        (path / "runs" / f"{run}.json").write_text(json.dumps({"finished": 1.0}))
+    with Store.open(path) as first, Store.open(path) as second, Store.open(path) as late:
+        real = late.run._overtaking
+
+        @contextmanager
+        def overtaking(holder):
+            with real(holder) as allowed:
+                if holder == dead[-1]:
+                    assert first.run.take(1)
+                    first.run.release(1, done=False)
+                    assert second.run.take(1)
+                yield allowed
+
+        late.run._overtaking = overtaking
+        assert not late.run.take(1)
+        assert second.run.claims == {1: 0} and links(path) == ["1.0"]
+        second.commit_many([1], {"x": [5]})
+
+
+def test_a_claim_that_is_withdrawn_at_once_costs_its_holder_nothing(path):
+    with Store.open(path) as store:
+        assert store.run.take(1)
+        os.symlink("somebody", path / "claims" / "1.1")
+        threading.Timer(0.005, os.unlink, [path / "claims" / "1.1"]).start()
+        store.commit_many([1], {"x": [5]})
+        assert store.rows("x", [1]).tolist() == [5]
+
+
 def test_a_hole_below_a_claim_does_not_open_the_row(path):
     with Store.open(path) as near, Store.open(path) as third:
         os.symlink(near.run.id, path / "claims" / "1.1")
