@@ -346,8 +346,6 @@ def advance(
         mask[some] |= state.u[some] != 0
     size = mask.sum(1).cpu().numpy()
     largest = min(max(SMALL, width // DENSE), math.isqrt(values)) if engine == "active" else -1
-    if engine == "local":
-        largest = width
     local, whole = np.flatnonzero((size <= largest) & (size > 0)), np.flatnonzero(size > largest)
 
     delta = torch.zeros_like(state.u)
@@ -466,7 +464,7 @@ def solve(
     """Path on the training rows, lambda by the validation rows, refit on both; all targets together.
 
     device: "cuda", "cuda:1", "cpu".  precision: of the Gram matrix and the iterations, "half" (CUDA's default),
-    "single" or "double" (the CPU's); every fit ends with gradients in float64.  engine: "active", "local" or "prox"
+    "single" or "double" (the CPU's); every fit ends with gradients in float64.  engine: "active" or "prox"
     (see above).  stage: told the name of each stage when it begins.  Where the Gram matrix does not fit, gpu_tiles
     solves.
 
@@ -474,9 +472,9 @@ def solve(
     """
     where = open_device(device)
     precision = precision or default_precision(where)
-    if precision not in WORK or engine not in ("active", "local", "prox"):
+    if precision not in WORK or engine not in ("active", "prox"):
         raise RegressionError(
-            f"precision={precision!r}, engine={engine!r}: expected one of {', '.join(WORK)}, and active, local or prox"
+            f"precision={precision!r}, engine={engine!r}: expected one of {', '.join(WORK)}, and active or prox"
         )
     n, (_, p), T = len(problem.train) + len(problem.val), problem.x.shape, problem.y.shape[1]
     binary, there = is_binary(problem.x), available(where)
