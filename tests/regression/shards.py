@@ -10,9 +10,6 @@ from datamodels.regression import Datamodel, result, shard
 from datamodels.regression.compute_datamodels import main
 from datamodels.store import Store
 
-# What is said of a result may be rounded otherwise in other company; all else is equal to the bit.
-ROUNDED = ("final_lambda/gap", "final_lambda/kkt")
-
 
 def make_store(path, rows=120, p=24, T=10):
     """A store with so many training rows, all complete; its last target is constant."""
@@ -61,7 +58,7 @@ def fill(out, shards=None, **instead):
 
 
 def assert_same_result(one, other):
-    """Two results are the same to the bit, but for the rounding of the certificates."""
+    """Two results are the same to the bit."""
     one, other = Datamodel.load(one), Datamodel.load(other)
     for name in ("ended", "columns", "targets", "about"):
         assert getattr(one, name) == getattr(other, name), name
@@ -69,10 +66,7 @@ def assert_same_result(one, other):
     assert list(a) == list(b)
     for name, values in a.items():
         assert values.dtype == b[name].dtype
-        if name in ROUNDED:
-            np.testing.assert_allclose(values, b[name], rtol=1e-6, atol=1e-12, err_msg=name)
-        else:
-            np.testing.assert_array_equal(values, b[name], err_msg=name)
+        np.testing.assert_array_equal(values, b[name], err_msg=name)
 
 
 def files(folder):
