@@ -25,20 +25,26 @@ into two float16 limbs scaled per target, 22 bits; sums are float32. Only change
 rounding is relative to the changes. Where lambda has fallen 32-fold, and in the refit before the start and at the end,
 gradients are computed afresh from the columns in float64.
 
-Operations at n=100,000 (a fifth validates), p=50,000, T=10,000, and what they would take on one H200 at rates assumed
-here (int8 1,000 TOP/s, float16 600 TFLOP/s, float64 50 TFLOP/s, memory 3.5 TB/s). These are projections, not
-measurements; `make bench-gpu` measures.
+Counted on a CPU (float32, n=8,000, p=3,000, T=64, 100 and 375 columns that matter, medians of 310 and 711 non-zeros):
+21 to 23 lambdas until validation turned, one round for each, 7 to 9 iterations in a round; lockstep on G took 8 per
+lambda. With these counts, at n=100,000 (a fifth validates), p=50,000, T=10,000 on one H200, at rates assumed here (int8
+1,000 TOP/s, float16 600 TFLOP/s, float64 50 TFLOP/s, memory 3.5 TB/s). These are projections, not measurements; `make
+bench-gpu` measures.
 
-    Gram, train then validation   n p² · 2, half by symmetry   2.5e14 int8        .25 s
+    columns, outcomes, weights from and to the host            13 GB              4 s
+    Gram, train then validation   n p² · 2, half by symmetry   2.5e14 int8        .3 s
     XᵀY on the training rows      2 · .8 n p T                 8e13 float64       1.6 s
-    update, a round               2 · 2 p² T                   1e14 float16       .17 s
-    path, active set: 30 lambdas, 1.4 rounds each              42 rounds          7 s, plus per round for m=1,000:
-        gather 10¹⁰ entries (32-byte sectors) .1 s; 12 iterations on 40 GB .14 s; passes over p × T .05 s      12 s
-    path, lockstep on G: 30 lambdas, 20 iterations each        600 updates        100 s
-    validation errors             2 · 2 · .2 n p T, 30 times   1.2e15 float16     2 s
-    refit: 3 rounds; fresh gradients at the start and the end  2 · 4 n p T f64    9 s
-    copies from and to the host   15 GB                                           3 s
-    whole job, active set                                                         35 s
+    path, active set, 23 rounds
+        update                    2 · 2 p² T                   1e14 float16       .17 s each, 4 s
+        gather, m=1,500           T m² entries of 2 bytes      32-byte sectors    .2 s each, 5 s
+        iterations                8 · 4 T m² bytes             720 GB             .2 s each, 5 s
+        passes over p × T         30 of 2 GB                                      .02 s each, .5 s
+    path, lockstep instead        23 · 8 updates               1.8e16 float16     31 s, and passes 4 s
+    validation errors, 23 times   2 · 2 · .2 n p T             9e14 float16       1.5 s
+    refit: a round; fresh gradients before and after, 2 · 4 n p T each in float64 8 s
+    certificate                   4 n p T                      2e14 float64       4 s
+    whole job                     active set 34 s, lockstep 55 s
+    device memory                 X .6, E 5, outcomes 8, p × T arrays 30 GB, scratch 25 GB
 """
 
 from __future__ import annotations
@@ -122,6 +128,10 @@ class Gram:
         else:
             self._multiply(parts)
 
+    @property
+    def factors(self) -> list[float]:
+        return [1.0, 1.0 if self.columns.bits is not None else LOW][: len(self.entries)]
+
     def add(self, part: Columns, units: Units) -> None:
         """Add the rows of another part; `units` are those of all rows then."""
         self.units = units
@@ -166,7 +176,6 @@ class Gram:
                 self.largest = max(self.largest, float(entries.abs().amax()))
                 second = self._keep(i, j, entries / per_count, 1.0) or second
         self.a, self.ones, self.per_count = a, ones.double(), per_count
-        self.factors = [1.0, 1.0][: len(self.entries)]
         self.unit = per_count / n
         self.scale = self.units.inverse_sd.to(self.work)
         self.diagonal = ((ones.double() - a.square()) / n).to(self.work)
@@ -190,7 +199,6 @@ class Gram:
                     diagonal[i] = entries.diagonal()
                     entries.diagonal().zero_()
                 self._keep(i, j, entries, LOW, always=True)
-        self.factors = [1.0, LOW][: len(self.entries)]
         self.unit = 1.0
         self.scale = (self.units.inverse_sd > 0).to(self.work)
         self.norms = diagonal
@@ -496,7 +504,8 @@ def default_precision(device: torch.device) -> str:
 def available(device: torch.device) -> int | None:
     """Bytes that can be had on the device, None if unknown."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps what it frees
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     return machine.available()
 
 

@@ -399,6 +399,24 @@ def test_gradients_are_made_afresh_as_lambda_falls(monkeypatch):
     assert sum(renewed) > 3
 
 
+def test_a_second_matrix_may_be_needed_by_all_rows_alone(monkeypatch):
+    """Of 7,501 rows a quarter is less than 2,048, which float16 holds; of 12,001 it is more, and odd here and there."""
+    monkeypatch.setattr(gpu_path, "TILE_BYTES", 1 << 14)
+    rng = np.random.default_rng(0)
+    x = rng.random((12001, 64)) < 0.5
+    x[:, 1] = x[:, 0] ^ (np.arange(12001) % 101 == 0)
+    x[:, 63] = x[:, 0] ^ (np.arange(12001) % 107 == 0)
+    problem = make_problem(x, rng.standard_normal((12001, 1)), num_val=4500)
+    data = gpu_columns.OnDevice(problem, True, torch.device("cpu"), True)
+    units = [gpu_columns.Units.of(scale, data.parts[0]) for scale in (data.train, data.full)]
+    gram = gpu_path.Gram(data.parts[:1], units[0], "half")
+    assert len(gram.entries) == 1
+    gram.add(data.parts[1], units[1])
+    assert len(gram.entries) == 2
+    every = slice(0, 64)
+    np.testing.assert_array_equal(gram.counts(every, every), x.T.astype(int) @ x)
+
+
 @pytest.mark.parametrize("n", [1, 8, 63, 64, 65, 1000])
 def test_bits_are_the_columns(n):
     rng = np.random.default_rng(n)
