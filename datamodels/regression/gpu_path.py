@@ -622,7 +622,7 @@ class Fit:
         best_error = error.copy()
         named = targets[state.number.cpu().numpy()]
         into.path_lam[0, named], into.path_mse[0, named] = grid[state.number.cpu().numpy(), 0], error
-        into.path_nnz[0, named] = 0
+        into.path_nnz[0, named] = 0 if span is None else self._unpenalised_nonzero(state, span, unpenalised)
         into.r2_train[named] = (1 - state.rr / power[state.number]).cpu().numpy()
         into.r2_val[named] = explained(best_error, val_power[state.number.cpu().numpy()])
         if options.k == 1:

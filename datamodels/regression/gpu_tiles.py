@@ -425,7 +425,8 @@ class TiledFit:
         error = self._validate(val, train, val_r0[number], residual, empty)
         best_error, at, rounds = error.copy(), np.ones(len(number), dtype=int), np.zeros(len(number), dtype=int)
         into.path_lam[0, targets[here]], into.path_mse[0, targets[here]] = grid[here, 0], error
-        into.path_nnz[0, targets[here]] = 0
+        free = 0 if span is None else ((train.share([residual]) @ span.root.T) != 0).sum(1).cpu().numpy()
+        into.path_nnz[0, targets[here]] = free
         into.r2_train[targets[here]] = (1 - yy[number] / power[number]).cpu().numpy()
         into.r2_val[targets[here]] = explained(best_error, val_power[here])
         if options.k == 1:

@@ -146,7 +146,9 @@ def test_penalties_and_offsets(penalty, use_bias, way):
     rng = np.random.default_rng(3)
     penalty = PENALTIES[penalty](rng, *[x.shape[1], y.shape[1]])
     problem = make_problem(x, y, penalty=penalty, offset=rng.standard_normal(y.shape))
-    agree(problem, solve(problem, use_bias, **way), use_bias, weights=5e-4)
+    found = solve(problem, use_bias, **way)
+    agree(problem, found, use_bias, weights=5e-4)
+    np.testing.assert_array_equal(found.path_nnz[0], (problem.penalty_of(slice(None)) == 0).sum(axis=0))
 
 
 def test_free_columns_that_repeat_each_other(way):
@@ -336,6 +338,14 @@ def test_the_gram_matrix_is_exact(precision, use_bias, monkeypatch):
         expected = d[:, :70].double().numpy() @ (z.T @ z / len(rows))
         relative = {"double": 1e-12, "single": 2e-5, "half": 2e-5}[precision]
         np.testing.assert_allclose(gram.product(d, None)[:, :70], expected, atol=relative * np.abs(expected).max())
+        which = torch.from_numpy(np.stack([rng.permutation(20)[:9] for _ in range(3)]))  # the last two are padding
+        valid = (torch.arange(9) < 7).expand(3, 9)
+        small = torch.from_numpy(rng.standard_normal((3, 9))).to(gram.work)
+        got = gram.local(which, valid, None).product(small)
+        for b in range(3):
+            own = z[:, which[b, :7].numpy()]
+            expected = np.r_[own.T @ own / len(rows) @ small[b, :7].double().numpy(), 0, 0]
+            np.testing.assert_allclose(got[b], expected, atol={"double": 1e-12}.get(precision, 1e-5))
         d[:, 5:] = 0  # few columns change
         expected = d[:, :70].double().numpy() @ (z.T @ z / len(rows))
         np.testing.assert_allclose(gram.product(d, None)[:, :70], expected, atol=relative * np.abs(expected).max())

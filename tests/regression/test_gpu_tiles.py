@@ -42,7 +42,9 @@ def test_penalties_and_offsets(way):
     for use_bias in (True, False):
         agree(problem, solve(problem, use_bias, **way), use_bias, weights=5e-4)
     problem = make_problem(x, y, penalty=penalty[:, 0])
-    agree(problem, solve(problem, **way), weights=5e-4)
+    found = solve(problem, **way)
+    agree(problem, found, weights=5e-4)
+    assert (found.path_nnz[0] == (penalty[:, 0] == 0).sum()).all()
 
 
 def test_real_columns(way):
