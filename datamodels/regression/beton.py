@@ -31,6 +31,7 @@ from typing import Any, Self
 import numpy as np
 
 from datamodels.errors import RegressionError
+from datamodels.regression import memory
 
 VERSION = 2
 FIELDS = ("mask", "targets", "idx")
@@ -587,6 +588,11 @@ class Beton:
     def _read_metadata(self, start: int) -> None:
         """Places of all rows, checked to lie inside the pages; and `idx`."""
         sizes = (self.columns * self.x_dtype.itemsize, self.targets * self.y_dtype.itemsize)
+        memory.require(
+            self.samples * (24 + 8 + _SUMS.itemsize + 8 * len(self._at)),
+            f"the metadata of {self.samples:,} samples in {self.path}",
+            "if there are not that many, the file is damaged: write it again",
+        )
         self._places = np.empty((2, self.samples), dtype=np.int64)
         self.rows = np.empty(self.samples, dtype=np.int64)
         width = self._metadata[1] // 8

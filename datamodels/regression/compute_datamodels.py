@@ -201,9 +201,9 @@ def compute(
         "patience": patience,
         "use_bias": use_bias,
         "workers": workers,
+        "solver": solver,
+        "device": device,
     }
-    options |= {"solver": solver} if solver != "auto" else {}
-    options |= {"device": device} if device is not None else {}
 
     result.refuse(out_dir)
     started = time.time()

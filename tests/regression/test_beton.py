@@ -369,6 +369,16 @@ def test_nonsense_is_refused(file, at, values, message):
         opened.read(0, N)
 
 
+def test_a_count_that_no_memory_holds(file):
+    """A file of holes makes any number of samples look possible."""
+    samples = 10**11
+    with open(file, "r+b") as opened:
+        opened.truncate(24 * samples + (1 << 30))
+    change(file, 8, np.array([samples, 24 * samples + (1 << 24)], "u8").tobytes())
+    with pytest.raises(RegressionError, match="the metadata of 100,000,000,000 samples in .* needs about .* of memory"):
+        Beton(file)
+
+
 def test_a_table_that_does_not_fit_is_found_before_ffcv_sees_it(file):
     with Beton(without_side(file)) as opened:
         opened.check_table()
