@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -193,6 +194,7 @@ def write(
     told: list[bytes] = []
     listener = threading.Thread(target=lambda: told.append(complained.read()), daemon=True)
     listener.start()
+    threading.Thread(target=_outlive, args=(process,), daemon=True).start()
     try:
         with contextlib.suppress(BrokenPipeError):  # it has died already, and says why
             asked.write(rows.astype("<i8").tobytes())
@@ -212,9 +214,15 @@ def write(
         complained.close()
     if status != 0:
         lines = [line for line in b"".join(told).decode(errors="replace").splitlines() if line.strip()]
-        raise RegressionError(
-            f"FFCV's writer failed ({lines[-1] if lines else f'exit status {status}'}); {ADVICE.format(section='cfg')}"
-        )
+        why = f"its process ended by signal {-status}" if status < 0 else lines[-1] if lines else f"status {status}"
+        raise RegressionError(f"FFCV's writer failed ({why}); {ADVICE.format(section='cfg')}")
+
+
+def _outlive(process: subprocess.Popen[bytes]) -> None:
+    """When the process is gone, end what it may have left: a worker would hold our pipes open for ever."""
+    process.wait()
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGTERM)  # which the tracker of shared memory ignores, to tidy up
 
 
 class _Rows:

@@ -415,6 +415,18 @@ def test_a_writer_of_ffcv_that_dies_is_an_error(large, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_process_of_ffcv_that_is_killed_with_its_watch_is_an_error(large, tmp_path):
+    process = start(large, tmp_path / "a.beton", "ffcv")
+    until(lambda: writers(process.pid))
+    others = below(process.pid)
+    os.kill(next(iter(others)), signal.SIGKILL)
+    _, said = process.communicate(timeout=LIMIT)
+    assert process.returncode == 1
+    assert "error: FFCV's writer failed (its process ended by signal 9); use --cfg.engine=numpy" in said
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in others))
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_error_inside_ffcvs_writer_is_told(tmp_path):
     store = make_store(tmp_path / "s")
     with open(store.path / "margins.npy", "r+b") as file:
