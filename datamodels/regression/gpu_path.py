@@ -102,6 +102,7 @@ EXACT_IN_HALF = 2048
 SIZES = np.array([16 * 2**i * (2 + j) // 2 for i in range(16) for j in range(2)])  # 16, 24, 32, 48, …
 SMALL = 256  # local problems up to this size are always gathered
 DENSE = 12  # and larger ones while they have less than a 12th of the columns
+FINISHED_AT_ONCE = 256  # targets that are refitted in float64
 FEWEST = 32  # targets at a time; with room for fewer, gpu_tiles is asked
 WORK = {"half": torch.float32, "single": torch.float32, "double": torch.float64}
 VALUES = {"cuda": 1 << 29, "cpu": 1 << 23}  # of local Gram matrices, or of the rows of p × T arrays, at a time
@@ -774,20 +775,42 @@ class Fit:
         for first in range(0, len(targets), 1024):
             some = as_slice(targets[first : first + 1024])
             into.weight[:, some] = weight[first : first + 1024, :p].T.contiguous().cpu().numpy()
+        left = ((last > options.tol) & (lam > 0)).nonzero()[:, 0]
+        if self.precision != "double" and len(left):
+            self._finish(group, left, weight[left].double() * train.sd)
         self.progress(len(targets))
 
+    def _finish(self, group: Group, rows: torch.Tensor, start: torch.Tensor) -> None:
+        """Refit in float64, on columns and without G, what the lower precision could not bring to the tolerance.
+
+        start (len(rows), width): weights, in the training rows' units.
+        """
+        from datamodels.regression.gpu_tiles import TiledFit
+
+        self.stage("refit in float64")
+        targets = group.targets[rows.cpu().numpy()]
+        tiled = TiledFit(self.data, self.options, "double", 1, lambda done: None, lambda name: None, self.solution)
+        for t, w in zip(targets.tolist(), start, strict=True):
+            w[group.unpenalised] = 0
+            on = w.nonzero()[:, 0]
+            tiled.starts[t] = on.cpu().numpy(), w[on].cpu().numpy()
+        for first in range(0, len(targets), FINISHED_AT_ONCE):
+            some = targets[first : first + FINISHED_AT_ONCE]
+            tiled.refit(Group.of(self.problem, some, group.unpenalised, self.data.width, self.device))
+
     def _settle(self, gram: Gram, span: Span | None, state: State, lam: torch.Tensor, tol: float) -> None:
-        """Rounds until the gaps of all rows of `state` are at most tol; in place."""
+        """Rounds until the gaps of all rows of `state` are at most tol, or no longer fall; in place."""
         rows = torch.arange(len(lam), device=self.device)
-        moving = state
+        moving, before = state, torch.full_like(lam, torch.inf)
         for _ in range(MAX_ROUNDS):
             gap = advance(gram, span, moving, lam[rows], 0.9 * lam[rows], tol, self.engine)
-            going = gap > tol
+            going = (gap > tol) & (gap < 0.7 * before)  # else its precision is spent
             if moving is not state:
                 state.u[rows] = moving.u
             if not going.any():
                 return
             keep = going.nonzero()[:, 0]
+            before = gap[keep]
             if len(keep) < len(rows) or moving is state:
                 rows, moving = rows[keep], moving.keep(keep)
 

@@ -262,6 +262,7 @@ class Rows:
         target: torch.Tensor,
         lam: torch.Tensor,
         enough: torch.Tensor,
+        iterations: int = LOCAL_ITERATIONS,
     ) -> list[torch.Tensor]:
         """Weights (B, m) at each of the lambdas lam (B, h), one after another, on the candidates alone.
 
@@ -296,7 +297,7 @@ class Rows:
                         enough[rows],
                         step_size,
                         bound,
-                        LOCAL_ITERATIONS,
+                        iterations,
                     )
                     into[rows, :m] = at
         return out
@@ -380,11 +381,13 @@ class TiledFit:
         ahead: int,
         progress: Callable[[int], None],
         stage: Callable[[str], None],
+        solution: Solution | None = None,
     ) -> None:
+        """solution: where the answer goes, None for a new one."""
         self.data, self.options, self.precision, self.ahead = data, options, precision, ahead
         self.progress, self.stage, self.device, self.work = progress, stage, data.device, WORK[precision]
-        T = data.problem.y.shape[1]
-        self.solution = Solution.empty(data.problem.x.shape[1], T, options.k, data.train, data.full)
+        shape = data.problem.x.shape[1], data.problem.y.shape[1]
+        self.solution = solution or Solution.empty(*shape, options.k, data.train, data.full)
         self.starts: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of targets: columns and weights, train's units
 
     def _keys(self, candidates: Candidates, found: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
@@ -557,7 +560,7 @@ class TiledFit:
             candidates = Candidates.of(self._keys(before, found, rows), len(rows), width, before, torch.float64)
             residual, number = [r[rows] for r in residual], number[rows]
             enough = 0.3 * options.tol / (1 + again) * yy[number] / 2
-            (u,) = full.solve(candidates, residual, number, lam[number][:, None], enough)
+            (u,) = full.solve(candidates, residual, number, lam[number][:, None], enough, 10 * LOCAL_ITERATIONS)
             candidates = replace(candidates, u=u)
         self.progress(len(targets))
 

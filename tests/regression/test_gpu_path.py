@@ -285,6 +285,23 @@ def test_a_tighter_tolerance_is_met(way):
     assert certificate(problem, found.weight, found.lam)[0].max() <= 2e-7
 
 
+def test_what_half_precision_cannot_finish_float64_does(monkeypatch):
+    """Without a bias the columns are nearly parallel, and far down the path float32 stays above the tolerance."""
+    x, y = simulate(n=400, p=100, T=4, noise=0.5)
+    penalty = np.where(np.arange(100) < 2, 0.0, 1.0)
+    problem, options = make_problem(x, y, penalty=penalty), PathOptions(tol=1e-6)
+    finished, original = [], gpu_path.Fit._finish
+
+    def watched(self, group, rows, start):
+        finished.extend(rows.tolist())
+        return original(self, group, rows, start)
+
+    monkeypatch.setattr(gpu_path.Fit, "_finish", watched)
+    found = solve(problem, False, options=options, precision="half")
+    assert finished
+    assert certificate(problem, found.weight, found.lam, False)[0].max() <= 1e-6
+
+
 def test_targets_in_groups_and_tiles_are_the_same(monkeypatch):
     x, y = simulate(n=300, p=100, T=7)
     penalty = np.ones((100, 7))
