@@ -184,14 +184,15 @@ def compute(
     workers: int | None = None,
     solver: str = "auto",
     device: str | None = None,
+    keep: Path | None = None,
     check: Callable[[Problem], object] = lambda problem: None,
     picture: bool = True,
     **source: Any,
 ) -> Datamodel:
     """Read the problem, fit, and leave the result in out_dir; one line per step and warning goes to stderr.
 
-    `source` is what `read` takes; `check` may refuse the problem before it is fitted; `picture`: whether to draw the
-    path of some targets.
+    `source` is what `read` takes; `keep`: see lasso.fit; `check` may refuse the problem before it is fitted; `picture`:
+    whether to draw the path of some targets.
     Raises RegressionError for an out_dir that holds a result, and what `read` and `fit` raise.
     """
     options: dict[str, Any] = {
@@ -218,7 +219,7 @@ def compute(
         tqdm(total=T, unit="target", desc="regression", disable=not sys.stderr.isatty()) as bar,
     ):
         warnings.simplefilter("always", lasso.RegressionWarning)
-        model = lasso.fit(problem, **options, progress=_Rate(bar))
+        model = lasso.fit(problem, **options, keep=keep, progress=_Rate(bar))
     fitting = time.time() - started
     for warning in raised:
         say(f"warning: {warning.message}")
@@ -240,7 +241,7 @@ class _Rate:
     def __init__(self, bar: Any):
         self._bar, self._lambdas, self._started = bar, 0, time.monotonic()
 
-    def __call__(self, targets: int, lambdas: int = 0) -> None:
+    def __call__(self, targets: int, lambdas: int) -> None:
         self._lambdas += lambdas
         if self._lambdas:
             rate = self._lambdas / max(time.monotonic() - self._started, 1e-9)

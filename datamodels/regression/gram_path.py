@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from threading import Event, local
 
 import numpy as np
 
 from datamodels.regression import descent
 from datamodels.regression.gram import TILE, Columns, Gram, code_columns, multiply
+from datamodels.regression.kept import kept
 from datamodels.regression.lasso import PathOptions, Solution, float32_at_least
 from datamodels.regression.problem import Problem
 from datamodels.regression.products import times_columns
@@ -39,11 +41,19 @@ class Side:
 
 
 def solve(
-    problem: Problem, options: PathOptions, use_bias: bool, workers: int, progress: Callable[[int], None]
+    problem: Problem,
+    options: PathOptions,
+    use_bias: bool,
+    workers: int,
+    progress: Callable[[int, int], None],
+    keep: Path | None = None,
 ) -> Solution:
-    """Path on training rows, lambda by validation rows (in their units), refit on both; threads share the matrices."""
+    """Path on training rows, lambda by validation rows (in their units), refit on both; threads share the matrices.
+
+    keep: a folder for the matrices, for other processes that fit other targets of the same columns and rows.
+    """
     columns = code_columns(problem.x, problem.train, problem.val, use_bias)
-    products = multiply(columns, workers)
+    products = Gram(**kept(keep, lambda: vars(multiply(columns, workers))))
     train, full = _sides(columns, products, use_bias)
     T, p = problem.y.shape[1], problem.x.shape[1]
     solution = Solution.empty(
@@ -52,7 +62,7 @@ def solve(
     job = Job(problem, options, use_bias, columns, train, full, solution, Event())
     size = max(1, min(TARGETS, -(-T // workers)))
     for done in each_chunk(job.run, T, workers, size, job.stop):
-        progress(done)
+        progress(*done)
     return solution
 
 
@@ -104,8 +114,8 @@ class Job:
         """Room for packed columns, as large as this thread's last target needed."""
         return getattr(self.room, "H", np.empty((60, 60), dtype=self.train.gram.dtype))
 
-    def run(self, targets: slice) -> int:
-        """Fill in these targets, unless told to stop; how many they are."""
+    def run(self, targets: slice) -> tuple[int, int]:
+        """Fill in these targets, unless told to stop; how many they are, and the lambdas they took."""
         problem, train, full, columns = self.problem, self.train, self.full, self.columns
         rows = np.concatenate([problem.train, problem.val])
         y = np.ascontiguousarray(problem.outcomes(rows, targets).T)
@@ -130,11 +140,11 @@ class Job:
         penalty = problem.penalty_of(targets)
         for b, t in enumerate(names):
             if self.stop.is_set():
-                return 0
+                return 0, 0
             self._solve_target(
                 t, penalty[:, b], q[b], on_val[b], q_full[b], float(power[b]), float(power_val[b]), float(power_full[b])
             )
-        return len(names)
+        return len(names), int((self.into.path_nnz[:, at] >= 0).sum())
 
     def _solve_target(
         self,

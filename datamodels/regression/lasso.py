@@ -17,8 +17,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
 from threading import Event
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -121,16 +123,18 @@ def fit(
     tol: float = DEFAULT_TOL,
     use_bias: bool = True,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     solver: str = "auto",
     device: str | None = None,
+    keep: Path | None = None,
 ) -> Datamodel:
     """Datamodel of every target: path on training rows, lambda by validation rows, refit on both.
 
     k, eps, patience, tol: see PathOptions; weights are float32, which ends what tol can ask for near 1e-7.
     workers: threads, None for one per usable core.
-    progress: called with the number of targets that were just finished.
+    progress: called with the numbers of targets that were just finished, and of lambdas that they took.
     solver: one of SOLVERS; "cpu" is "gram" or "wide", whichever suits the shape.  device: of "gpu", None for "cuda".
+    keep: a folder where fits of other targets of the very same columns, rows and split find the Gram matrix again.
 
     Constant columns get weight 0, constant targets weight 0 and their value as the bias. Warns
     (RegressionWarning), by name, of constant targets, of targets whose validation minimum lies at an end of
@@ -142,8 +146,15 @@ def fit(
     chosen, workers = _choose_solver(problem, workers, solver)
     if device is not None and chosen.NAME != "gpu":
         raise RegressionError(f"device={device!r} is for solver='gpu', not for {chosen.NAME!r}; leave it out")
-    extra = {} if device is None else {"device": device}
-    found = chosen.solve(problem, options, use_bias, workers, progress or (lambda done: None), **extra)
+    extra: dict[str, Any] = {} if device is None else {"device": device}
+    if keep is not None and chosen.NAME == "gram":
+        extra["keep"] = keep
+
+    def tell(targets: int, lambdas: int = 0) -> None:
+        if progress is not None:
+            progress(targets, lambdas)
+
+    found = chosen.solve(problem, options, use_bias, workers, tell, **extra)
 
     full, weight = found.full, found.weight
     bias = (full.y_mean - _predictions_at(full.mean, weight)).astype(np.float32) if use_bias else np.zeros(
@@ -226,7 +237,7 @@ def certify(
             bases[free.tobytes()] = left[:, size > 1e-7 * size[0]]
         return bases[free.tobytes()]
 
-    def chunk(some: slice) -> int:
+    def chunk(some: slice) -> tuple[int, int]:
         # Outcomes are rows here: their sums then do not depend on how many targets there are.
         w = np.ascontiguousarray(weight[:, some].T, dtype=np.float64)
         r0 = y[rows, some].astype(np.float64)
@@ -260,7 +271,7 @@ def certify(
         gap[some] = np.where(fitted, (primal - dual) / np.where(fitted, r0r0 / (2 * n), 1.0), primal - dual)
         violation = np.where(u != 0, np.abs(of_plain - bound * np.sign(u)), np.maximum(np.abs(of_plain) - bound, 0.0))
         kkt[some] = violation.max(axis=1, initial=0.0) / np.where(lam[some] > 0, lam[some], 1.0)
-        return 0
+        return 0, 0
 
     for _ in each_chunk(chunk, T, workers, CERTIFIED, Event()):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from datamodels.errors import RegressionError
 from datamodels.regression import result
 from datamodels.regression.compute_datamodels import draw, say
 from datamodels.regression.datamodel import CERTIFICATES, PATH, Datamodel, RegularizationPath
-from datamodels.regression.shard import RESULT, Plan, alone
+from datamodels.regression.shard import GRAM, RESULT, Plan, alone
 from datamodels.store import Store
 
 MOST_WARNINGS = 10  # on the terminal; regression.json has all
@@ -75,6 +76,7 @@ def merge(out_dir: Path) -> None:
             report["warnings"].append(f"shards were fitted with different versions of {name}: {found}")
         result.remove_unfinished(out_dir)  # of a merge that was killed
         result.write(out_dir, model, report, draw(model), shards=False)
+        shutil.rmtree(folder / GRAM, ignore_errors=True)
     for text in report["warnings"][:MOST_WARNINGS]:
         say(f"warning: {text}")
     if len(report["warnings"]) > MOST_WARNINGS:

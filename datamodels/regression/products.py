@@ -1,6 +1,6 @@
 """Products with the columns: the same to the bit for any number of threads and whatever other targets there are.
 
-With 0/1 columns they are exact, in int8. A real matrix is written in fixed point, signed digits to the base 256 with one
+With 0/1 columns they are exact, in int8. A real matrix is written in fixed point: signed digits to the base 256, one
 power of two per row; each digit's product with a 0/1 matrix is an integer that int32 holds, and sums of integers do not
 depend on their order. What is lost is the rounding to 2**-46 of a row's largest value, once. Processors that multiply
 int8 matrices do this several times faster than a float32 product would be. Products with real columns are plain loops:

@@ -35,6 +35,7 @@ from datamodels.store.store import SPEC_FILE
 
 PLAN = "plan.json"
 RESULT = "result"  # in the row's own folder
+GRAM = "gram"  # what all shards multiply; gone when they are merged
 RETRIES = 2
 SCHEMA = {
     "targets": {"shape": [2], "dtype": "int64"},  # the first, and the one after the last
@@ -176,6 +177,7 @@ def main(*, index: int, logdir: str) -> dict[str, Any]:
     model = compute(
         out_dir=out_dir,
         check=partial(plan.check, index),
+        keep=folder.parents[1] / GRAM,  # the plan refuses other columns, rows and splits
         picture=False,
         **source,
         **{**plan.options, "workers": plan.options["workers"] or _threads()},

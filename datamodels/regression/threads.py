@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from threading import Event
 
 
-def each_chunk(task: Callable[[slice], int], T: int, workers: int, size: int, stop: Event) -> Iterator[int]:
+def each_chunk(
+    task: Callable[[slice], tuple[int, int]], T: int, workers: int, size: int, stop: Event
+) -> Iterator[tuple[int, int]]:
     """Run task over slices of `size` targets in threads that each have one core; what each returns, as they end.
 
     When the caller stops listening, `stop` is set: Ctrl-C must not wait for the targets that are still in the queue,

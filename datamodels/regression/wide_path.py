@@ -133,7 +133,7 @@ class Target:
 
 
 def solve(
-    problem: Problem, options: PathOptions, use_bias: bool, workers: int, progress: Callable[[int], None]
+    problem: Problem, options: PathOptions, use_bias: bool, workers: int, progress: Callable[[int, int], None]
 ) -> Solution:
     """Path on the training rows, lambda by the validation rows, refit on both; chunks of targets in parallel."""
     columns = _columns(problem, use_bias)
@@ -142,11 +142,11 @@ def solve(
     stop = Event()
     size = max(1, min(TARGETS, -(-T // workers)))
 
-    def chunk(targets: slice) -> int:
+    def chunk(targets: slice) -> tuple[int, int]:
         return _solve_chunk(targets, problem, columns, options, use_bias, solution, stop)
 
     for done in each_chunk(chunk, T, workers, size, stop):
-        progress(done)
+        progress(*done)
     return solution
 
 
@@ -202,8 +202,8 @@ def _solve_chunk(
     use_bias: bool,
     into: Solution,
     stop: Event,
-) -> int:
-    """Fill in these targets, unless told to stop; how many they are."""
+) -> tuple[int, int]:
+    """Fill in these targets, unless told to stop; how many they are, and the lambdas they took."""
     train, full = columns.train, columns.full
     y = np.ascontiguousarray(problem.outcomes(np.concatenate([problem.train, problem.val]), targets).T)
     at = np.arange(*targets.indices(problem.y.shape[1]))
@@ -262,7 +262,7 @@ def _solve_chunk(
         lam = {b: float(grids[b][i]) for b in going}
         _settle([points[b] for b in going], [lam[b] for b in going], columns, stop)
         if stop.is_set():
-            return 0
+            return 0, 0
         for b in list(going):
             t, point = at[b], points[b]
             error = (point.r[train.n :] ** 2).sum()
@@ -307,11 +307,11 @@ def _solve_chunk(
             denominator.append(left if left > 1e-24 * max(power, 1e-300) else 2.0 * full.n)
     _refit(todo, lams, denominator, columns, options.tol / 4, stop)
     if stop.is_set():
-        return 0
+        return 0, 0
     for b, t in enumerate(at):
         W, w = ends[b].support
         into.weight[W, t] = w / columns.unit[W]
-    return len(at)
+    return len(at), int((into.path_nnz[:, at] >= 0).sum())
 
 
 def _settle(points: list[Target], lams: list[float], columns: Columns, stop: Event) -> None:

@@ -375,8 +375,9 @@ def test_options_out_of_range(options, message):
 def test_progress_counts_every_target():
     x, y = simulate(T=7)
     done = []
-    quiet_fit(make_problem(x, y), progress=done.append)
-    assert sum(done) == 7
+    model = quiet_fit(make_problem(x, y), progress=lambda *counts: done.append(counts))
+    assert sum(targets for targets, _ in done) == 7
+    assert sum(lambdas for _, lambdas in done) == np.isfinite(model.path.lam).sum()
 
 
 def test_import_is_light():

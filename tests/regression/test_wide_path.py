@@ -166,7 +166,7 @@ def test_an_interrupt_is_not_waited_for(monkeypatch):
         steps.append(time.sleep(0.02))
         settle(*args)
 
-    def interrupt(done):
+    def interrupt(done, lambdas):
         at.append(len(steps))
         raise KeyboardInterrupt
 
