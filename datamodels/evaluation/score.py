@@ -7,8 +7,9 @@ definition 2.3; Ilyas et al., Datamodels, 2022).
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from datamodels.errors import RegressionError
 from datamodels.regression import memory
+from datamodels.regression.columns import CHOICES, columns_of_store
 
 if TYPE_CHECKING:
     from datamodels.regression import Datamodel
@@ -131,7 +133,7 @@ def lds_of_store(
     model: Datamodel,
     store: Store,
     *,
-    x_name: str = "masks",
+    x_name: str | Sequence[str] = "masks",
     y_name: str = "margins",
     target_start: int = 0,
     seed: int = 0,
@@ -140,7 +142,8 @@ def lds_of_store(
 ) -> Score:
     """Score of a datamodel on the complete evaluation rows of a store.
 
-    target_start: first target of the slice that the model was fitted on.  progress: as in `lds`.
+    x_name: the columns that the model was fitted on: a key, `choices`, or a list.  target_start: first target of the
+    slice that it was fitted on.  progress: as in `lds`.
 
     Raises RegressionError where there are no such rows or targets, and what `lds` raises.
     """
@@ -155,9 +158,16 @@ def lds_of_store(
         )
     _note_cells(store, x_name)
     ids = np.asarray(store.design.mask_ids)[rows]
-    first = np.unique(ids, return_index=True)[1]
+    if (ids >= 0).all() and all(x_name == block.key for block in store.design.blocks):
+        first = np.unique(ids, return_index=True)[1]
+        x = columns_of_store(store, rows[first], x_name=x_name)
+    else:  # runs with one mask may differ in other columns
+        x = columns_of_store(store, rows, x_name=x_name)
+        _, ids = np.unique([hashlib.blake2b(row.tobytes()).digest() for row in x], return_inverse=True)
+        first = np.unique(ids, return_index=True)[1]
+        x = x[first]
     outcomes = _outcomes(store, y_name, rows, target_start, len(model.targets), draws)
-    predictions = model.predict(store.rows(x_name, rows[first]).reshape(len(first), -1))
+    predictions = model.predict(x)
     place = np.searchsorted(ids[first], ids)
     return lds(predictions[place], outcomes, ids, seed=seed, draws=draws, progress=progress)
 
@@ -182,15 +192,16 @@ def _outcomes(store: Store, key: str, rows: np.ndarray, start: int, count: int, 
     return outcomes
 
 
-def _note_cells(store: Store, x_name: str) -> None:
+def _note_cells(store: Store, x_name: str | Sequence[str]) -> None:
     """Say that rows trained in different ways are scored as one, where the columns do not tell them apart."""
     blocks = [block for block in store.design.blocks if block.role == "train"]
     cells = list({repr(sorted(cell.items())): cell for block in blocks for cell in block.cells}.values())
-    if len(cells) > 1 and x_name not in store.design.factors:
+    keys = [x_name] if isinstance(x_name, str) else list(x_name)
+    if len(cells) > 1 and not {CHOICES, *store.design.factors} & set(keys):
         factors = ", ".join(dict.fromkeys(factor for cell in cells for factor in cell))
         print(
             f"note: the training rows of {store.path} have {len(cells)} different choices of {factors}, and the "
-            f"columns {x_name!r} do not tell them apart: what is scored is a datamodel of all of them together",
+            f"columns {', '.join(keys)} do not tell them apart: what is scored is a datamodel of all of them together",
             file=sys.stderr,
         )
 

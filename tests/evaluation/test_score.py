@@ -352,7 +352,38 @@ def test_rows_of_different_choices_are_not_pooled_in_silence(tmp_path, capsys):
     lds_of_store(model_of(np.ones((9, 4))), store, draws=10)
     err = capsys.readouterr().err
     assert err.startswith("note: the training rows of ") and err.count("\n") == 1
-    assert "2 different choices of width, optimiser" in err and "'masks'" in err
+    assert "2 different choices of width, optimiser" in err and "columns masks do not" in err
+
+
+def test_choices_among_the_columns_tell_runs_with_one_mask_apart(tmp_path, capsys):
+    from datamodels.regression import columns_of_store
+    from datamodels.store import Store
+
+    design = [
+        {"role": "train", "masks": 3, "seed": 1, "sampler": "bernoulli", "alpha": 0.5, "choices": {"width": [4, 8]}},
+        {"role": "eval", "masks": 8, "repeats": 2, "seed": 2, "choices": {"width": [4, 8]}},
+    ]
+    schema = {"masks": {"shape": [9], "dtype": "bits"}, "margins": {"shape": [3], "dtype": "float32"}}
+    store = Store.create(tmp_path / "s", {"schema": schema, "design": design}, sync=False)
+    rows = np.arange(store.num_models)
+    rng = np.random.default_rng(0)
+    masks = np.stack([store.design.assignment(row).mask for row in rows])
+    margins = rng.standard_normal((len(rows), 3)).astype("f4")
+    store.commit_many(rows, {"masks": masks, "margins": margins})
+    model = model_of(rng.standard_normal((11, 3)))
+    got = lds_of_store(model, store, x_name=["masks", "choices"], draws=10)
+    assert capsys.readouterr().err == ""
+
+    held = rows[store.design.roles == "eval"]
+    x = columns_of_store(store, held, x_name=["masks", "choices"])
+    kinds = sorted({row.tobytes() for row in x})
+    assert len(kinds) == 16  # 8 masks at each of 2 widths
+    blocks = [[i for i, row in enumerate(x) if row.tobytes() == kind] for kind in kinds]
+    for t in range(3):
+        outcome = [margins[held[block], t].mean() for block in blocks]
+        prediction = [x[block[0]] @ model.weight[:, t] for block in blocks]
+        np.testing.assert_allclose(got.per_target[t], spearmanr(prediction, outcome).statistic, rtol=1e-6)
+    assert got.repeats == (2, 2)
 
 
 def test_the_function_does_not_hide_a_module():

@@ -75,3 +75,14 @@ def test_the_same_bits_for_any_number_of_workers(kind, monkeypatch):
     np.testing.assert_array_equal(one.train, three.train)
     np.testing.assert_array_equal(one.full, three.full)
     np.testing.assert_array_equal(one.full, one.full.T)
+
+
+def test_row_shards_add_up_to_the_bit():
+    """Sums of integers: a matrix that was built in parts, anywhere, is the one built at once."""
+    rng = np.random.default_rng(3)
+    x = rng.random((500, 90)) < 0.5
+    parts = [np.arange(0, 120), np.arange(120, 333), np.arange(333, 450)]
+    val = np.arange(450, 500)
+    whole = gram.multiply(gram.code_columns(x, np.arange(450), val, True), workers=1)
+    shards = [gram.multiply(gram.code_columns(x, rows, val, True), workers=1).train for rows in parts]
+    np.testing.assert_array_equal(sum(shards), whole.train)
