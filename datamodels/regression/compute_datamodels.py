@@ -213,6 +213,11 @@ def compute(
     reading = time.time() - started
     p, T = problem.x.shape[1], problem.y.shape[1]
     say(f"{len(problem.train)} rows to fit, {len(problem.val)} to validate, {rows}; {p} columns, {T} targets")
+    if solver != "gpu":
+        from datamodels.regression import descent
+
+        if not descent.is_compiled():
+            say("compiling the solver for this processor, once: about 15 s")
     started = time.time()
     with (
         warnings.catch_warnings(record=True) as raised,

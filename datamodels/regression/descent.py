@@ -17,6 +17,8 @@ optimality condition by more than tol · lam.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numba
 import numpy as np
 
@@ -352,3 +354,10 @@ def refit(M, diag, mu, n, q, power, thr, norm, lam, W0, w0, tol, denominator, H)
         for i in range(m):
             gl[i] = g[W[i]]
     return W[:m].copy(), w[:m].copy(), gap, H
+
+
+def is_compiled() -> bool:
+    """Whether an earlier process left these kernels compiled for this source and processor; if not, that takes a while."""
+    folder = Path(path._cache.cache_path)
+    newest = Path(__file__).stat().st_mtime
+    return any(file.stat().st_mtime >= newest for file in folder.glob("descent.refit-*.nbi"))

@@ -94,6 +94,19 @@ def test_end_to_end_in_a_process_of_its_own(logdir, tmp_path):
     assert os.listdir(out.parent) == ["result"]
 
 
+def test_a_user_who_waits_for_the_compiler_is_told_so(logdir, tmp_path):
+    told = []
+    for name in ("first", "second"):
+        done = subprocess.run(
+            [sys.executable, "-m", "datamodels.regression.compute_datamodels", f"--data.logdir={logdir}",
+             f"--cfg.out_dir={tmp_path / name}"],
+            capture_output=True, text=True, env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        told.append("compiling the solver" in done.stderr)
+    assert told == [True, False]
+
+
 def test_shipped_config(logdir, tmp_path, capsys):
     main(["-C", "regression/digits.yaml", f"--data.logdir={logdir}", "--data.num_train=150", "--data.num_val=20",
           f"--cfg.out_dir={tmp_path / 'out'}"])  # fmt: skip
