@@ -371,7 +371,6 @@ class Span:
         """Take from gradients (B, width), in place, what these columns explain; its power (B,), the weights (B, m)."""
         share = gradient[:, self.which].double() @ self.root
         gradient -= (share @ self.cross.T).to(gradient.dtype)
-        gradient[:, self.which] = 0
         return share.square().sum(1), share @ self.root.T
 
 

@@ -53,6 +53,7 @@ STAND_IN = """
                       "early_stop_freq": early_stop_freq, "early_stop_eps": early_stop_eps})
         assert weight.shape == (x.shape[1], y.shape[1]) and bias.shape == (y.shape[1],)
         assert weight.dtype == bias.dtype == torch.float32 and weight.is_contiguous()
+        assert (np.ptp(x, axis=0) > 0).all()
         mean, std = x.mean(0), np.sqrt((x**2).mean(0) - x.mean(0)**2)
         z = (x - mean) / (std + 1e-32)
         if val_loader is not None:

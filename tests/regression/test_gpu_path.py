@@ -354,6 +354,7 @@ def test_the_gram_matrix_is_exact(precision, use_bias, monkeypatch):
         d[:, :70] = torch.from_numpy(rng.standard_normal((3, 70)))
         expected = d[:, :70].double().numpy() @ (z.T @ z / len(rows))
         relative = {"double": 1e-12, "single": 2e-5, "half": 2e-5}[precision]
+        np.testing.assert_allclose(gram.norms[:70], (z**2).mean(axis=0), atol=1e-12)
         np.testing.assert_allclose(gram.product(d, None)[:, :70], expected, atol=relative * np.abs(expected).max())
         which = torch.from_numpy(np.stack([rng.permutation(20)[:9] for _ in range(3)]))  # the last two are padding
         valid = (torch.arange(9) < 7).expand(3, 9)

@@ -45,6 +45,8 @@ def test_penalties_and_offsets(way):
     found = solve(problem, **way)
     agree(problem, found, weights=5e-4)
     assert (found.path_nnz[0] == (penalty[:, 0] == 0).sum()).all()
+    problem = make_problem(x, y, penalty=rng.uniform(0.3, 3, (40, 3)))  # all targets together, each with its own
+    agree(problem, solve(problem, **way), weights=5e-4)
 
 
 def test_real_columns(way):
