@@ -73,39 +73,6 @@ def row_blocks(rows: np.ndarray, p: int) -> Iterator[np.ndarray]:
     return (rows[first : first + step] for first in range(0, len(rows), step))
 
 
-def origins(x: np.ndarray, y: np.ndarray, use_bias: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Points to measure from: near the data, so that no digits cancel; 0 for counts and without bias."""
-    if not use_bias:
-        return np.zeros(x.shape[1]), np.zeros(y.shape[1])
-    x_origin = np.zeros(x.shape[1]) if x.dtype == bool else x.mean(axis=0, dtype=np.float64)
-    return x_origin, y.mean(axis=0, dtype=np.float64)
-
-
-def sums(x: np.ndarray, y: np.ndarray, rows: np.ndarray, x_origin: np.ndarray, y_origin: np.ndarray) -> Sums:
-    """Sums of x[rows], y[rows] about the origins; those of bool columns about 0 are exact counts."""
-    p, T = x.shape[1], y.shape[1]
-    x_sum, xx, y_sum, yy = np.zeros(p), np.zeros(p), np.zeros(T), np.zeros(T)
-    low, high = np.full(p, np.inf), np.full(p, -np.inf)
-    y_low, y_high = np.full(T, np.inf), np.full(T, -np.inf)
-    for block in row_blocks(rows, max(p, T)):
-        raw, out = x[block], y[block].astype(np.float64)
-        low, high = np.minimum(low, raw.min(axis=0)), np.maximum(high, raw.max(axis=0))
-        y_low, y_high = np.minimum(y_low, out.min(axis=0)), np.maximum(y_high, out.max(axis=0))
-        out -= y_origin
-        y_sum += out.sum(axis=0)
-        yy += np.einsum("it,it->t", out, out)
-        if x.dtype == bool and not x_origin.any():
-            counts = raw.sum(axis=0, dtype=np.int64)
-            x_sum += counts
-            xx += counts
-        else:
-            columns = raw.astype(np.float64)
-            columns -= x_origin
-            x_sum += columns.sum(axis=0)
-            xx += np.einsum("ij,ij->j", columns, columns)
-    return Sums(len(rows), x_origin, y_origin, x_sum, xx, y_sum, yy, low, high, y_low, y_high)
-
-
 def scale_of(s: Sums, use_bias: bool) -> Scale:
     """Means, sd and power of these rows."""
     shift, y_shift = s.x_sum / s.n, s.y_sum / s.n
