@@ -62,7 +62,7 @@ OPTIONS: Mapping[str, Mapping[str, Option]] = {
         ),
         "solver": Option(
             str,
-            "auto chooses by the problem's shape; gpu and fast_l1 need CUDA",
+            "auto is cpu, which chooses by the shape; gpu (not yet tried on one) and fast_l1 need CUDA",
             default="auto",
             choices=["auto", "cpu", "gpu", "fast_l1"],
         ),
