@@ -98,7 +98,7 @@ def code_columns(x: np.ndarray, train: np.ndarray, val: np.ndarray, use_bias: bo
 
 
 def _coded(x: np.ndarray, use_bias: bool) -> np.ndarray:
-    out = np.ascontiguousarray(x.view(np.int8).T)
+    out = x.view(np.int8).T.copy()  # always: one row or one column would be x itself
     if use_bias:
         out *= 2
         out -= 1

@@ -167,7 +167,7 @@ def _columns(problem: Problem, use_bias: bool) -> Columns:
     on = 1.0 if use_bias else 0.0
     bits = np.zeros((p, 0), dtype=np.uint64)
     if c.x.dtype == bool:
-        coded = np.ascontiguousarray(c.x.view(np.int8).T)
+        coded = c.x.view(np.int8).T.copy()  # always: one column would be x itself
         bits = np.concatenate([_bits(coded[:, :n_train]), _bits(coded[:, n_train:])], axis=1)
         if use_bias:
             coded *= 2

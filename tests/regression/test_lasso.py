@@ -12,7 +12,7 @@ import scipy.optimize
 from sklearn.linear_model import Lasso
 
 from datamodels.errors import RegressionError
-from datamodels.regression import RegressionWarning, certify, fit, gram_path, make_problem, wide_path
+from datamodels.regression import RegressionWarning, certify, fit, gram_path, lasso, make_problem, wide_path
 from datamodels.regression.datamodel import CONSTANT, END_OF_PATH, TURNED
 
 
@@ -56,6 +56,13 @@ def by_scikit(x, y, lam, use_bias=True):
     return weight, (solved.intercept_ - x.mean(axis=0) @ weight if use_bias else 0.0)
 
 
+def by_scikit_or_nothing(x, y, lam, use_bias):
+    """The same, where some columns are constant."""
+    weight, varies = np.zeros(x.shape[1]), np.ptp(x.astype(int), axis=0) > 0
+    weight[varies], bias = by_scikit(x[:, varies], y, lam, use_bias) if varies.any() else (0.0, y.mean() * use_bias)
+    return weight, bias
+
+
 def objective(x, y, weight, lam, use_bias=True):
     residual = y - x @ weight
     residual = residual - residual.mean() if use_bias else residual
@@ -75,6 +82,21 @@ def test_refit_is_scikit_lasso_on_all_rows(shape, use_bias):
         np.testing.assert_allclose(model.bias[t], bias, atol=2e-3)
     if not use_bias:
         assert (model.bias == 0).all()
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+@pytest.mark.parametrize("shape", [{"p": 1}, {"n": 3, "p": 1}, {"n": 40}, {"n": 40, "T": 1}], ids=str)
+def test_one_column_or_one_validation_row(shape, use_bias):
+    x, y = simulate(**shape)
+    problem = make_problem(x, y, num_val=1)
+    model = quiet_fit(problem, tol=1e-10, use_bias=use_bias)
+    assert model.gap.max() < 1e-6
+    for t in range(y.shape[1]):
+        lam = model.path.lam[:, t]
+        for i in range(0, int(np.isfinite(lam).sum()), 5):
+            weight, bias = by_scikit_or_nothing(x[problem.train], y[problem.train, t], lam[i], use_bias)
+            error = ((y[problem.val, t] - x[problem.val] @ weight - bias) ** 2).mean()
+            np.testing.assert_allclose(model.path.val_mse[i, t], error, rtol=1e-2, atol=1e-3)
 
 
 def test_orthogonal_columns_have_a_closed_form():
@@ -387,3 +409,9 @@ def test_import_is_light():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1.0, 1e-30, 16777217.0])
+def test_a_lambda_is_never_rounded_down(value):
+    rounded = lasso.float32_at_least(value)
+    assert float(rounded) >= value > float(np.nextafter(rounded, np.float32(0)))

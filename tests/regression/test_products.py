@@ -17,6 +17,24 @@ def test_int8_product_is_exact(shape):
     np.testing.assert_array_equal(products.matmul(np.ascontiguousarray(a.T).T, b), a.astype(int) @ b.astype(int))
 
 
+@pytest.mark.parametrize("shape", [(18, 1, 40), (120, 1, 18), (1, 17, 3), (1, 64, 1), (120, 64, 1), (1, 1, 6)])
+def test_one_row_or_column_lies_in_memory_in_any_way(shape):
+    """Strides of a dimension of length 1 mean nothing, and torch takes them at their word."""
+    rng = np.random.default_rng(0)
+    m, k, n = shape
+
+    def layouts(a):
+        wide, tall = np.full((2 * len(a), 2 * a.shape[1]), 99, np.int8), np.full((a.shape[1], 2 * len(a)), 99, np.int8)
+        wide[::2, : a.shape[1]], tall[:, : len(a)] = a, a.T
+        return [a, a.T.copy().T, wide[::2, : a.shape[1]], tall[:, : len(a)].T]
+
+    for _ in range(5):
+        a, b = rng.integers(-128, 128, (m, k), dtype=np.int8), rng.integers(-128, 128, (k, n), dtype=np.int8)
+        for left in layouts(a):
+            for right in layouts(b):
+                np.testing.assert_array_equal(products.matmul(left, right), a.astype(int) @ b.astype(int))
+
+
 def test_a_processor_that_saturates_is_not_believed(monkeypatch):
     monkeypatch.setattr(products, "_int8_is_exact", lambda: False)
     test_int8_product_is_exact((3, 700, 17))
