@@ -161,9 +161,12 @@ def fit(
         weight.shape[1], dtype=np.float32
     )  # fmt: skip
     rows = np.sort(np.concatenate([problem.train, problem.val]))
-    gap, kkt = certify(
-        problem.x, problem.y, rows, weight, found.lam, full.sd, use_bias, problem.penalty, problem.offset, workers
-    )
+    if chosen.NAME == "gpu":  # where the columns are on the card already, and a host would take minutes
+        gap, kkt = chosen.certify(problem, weight, found.lam, use_bias, device or "cuda")
+    else:
+        gap, kkt = certify(
+            problem.x, problem.y, rows, weight, found.lam, full.sd, use_bias, problem.penalty, problem.offset, workers
+        )
     ended = tuple(
         CONSTANT if constant else TURNED if turned else END_OF_PATH
         for constant, turned in zip(found.train.constant, found.turned, strict=True)
@@ -369,7 +372,7 @@ def _warn(problem: Problem, options: PathOptions, found: Solution, gap: np.ndarr
 def float32_at_least(value: float) -> np.float32:
     """The smallest float32 that is not below value."""
     rounded = np.float32(value)
-    return rounded if rounded >= value else np.nextafter(rounded, np.float32(np.inf))
+    return rounded if float(rounded) >= float(value) else np.nextafter(rounded, np.float32(np.inf))
 
 
 def _predictions_at(mean: np.ndarray, weight: np.ndarray) -> np.ndarray:
