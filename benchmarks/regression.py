@@ -501,7 +501,8 @@ def _compare(plan: Plan, kind: str, problem: Problem, design: Design, ready: lis
     print(
         f"  {name:42}{1:>4}{f'{end.seconds:.1f}{stood}':>22}{f'{sign}{end.seconds:.0f}':>12}"
         f"{f'{sign}{end.seconds / took:.0f}':>9}  {np.median(far):>11.1e}{far.max():>9.1e}  {end.epochs} epochs; "
-        f"gap on the training rows where it stood, lambda {end.place.min() + 1} to {end.place.max() + 1}, median {np.median(end.place) + 1:.0f}; {end.ended.sum()} targets ended"
+        f"gap on the training rows where it stood, lambda {end.place.min() + 1} to {end.place.max() + 1}, median "
+        f"{np.median(end.place) + 1:.0f}; {end.ended.sum()} targets ended"
     )
     lambdas = int(end.place.max()) + 1
     reach = options.eps ** (max(lambdas - 1, 1) / (options.k - 1))
@@ -776,6 +777,10 @@ def floor(plan: Plan) -> None:
             print(f"  {what:42}{amount:>9.1f} {unit:5}{speed:>8.1f}{amount / speed:>9.3f}  {note}".rstrip())
         took = float(np.median(taken))
         print(f"  {'floor':42}{total:>32.2f}")
+        packed = counts.work[WORK.index("_pack")].sum() / 1e9
+        print(
+            f"  beside it: {packed:.1f} G entries of rows are read to pack working sets, and columns looked at in vain"
+        )
         split = {stage: float(np.median([part[stage] for part in parts])) for stage in STAGES}
         split["else"] = took - sum(split.values())
         print(
