@@ -357,7 +357,7 @@ def refit(M, diag, mu, n, q, power, thr, norm, lam, W0, w0, tol, denominator, H)
 
 
 def is_compiled() -> bool:
-    """Whether an earlier process left these kernels compiled for this source and processor; if not, that takes a while."""
+    """Whether an earlier process left these kernels compiled; if not, that takes a while."""
     folder = Path(path._cache.cache_path)
     newest = Path(__file__).stat().st_mtime
     return any(file.stat().st_mtime >= newest for file in folder.glob("descent.refit-*.nbi"))
