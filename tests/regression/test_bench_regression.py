@@ -30,7 +30,7 @@ def test_small():
             assert text in done.stdout, done.stdout
     for text in (
         "scikit-learn, float32 Gram, our lambdas",
-        "fast_l1's algorithm, float32",
+        "fast_l1 and its defaults, written in torch",
         "ours, early stop off",
         "patience  misses  of",
         "log-log slope in n",
@@ -57,18 +57,23 @@ import benchmarks.regression as b
 problem = b.draw(b.Size(400, 60, 5), "heavy")
 design, options = b.Design(problem), b.PathOptions(k=4, eps=0.1)
 for stop in (1e-4, 1e-14):
-    found = b.saga(design, problem.y, options, 60, lr=0.05, batch=80, stop=stop)
-    rows = np.sort(problem.train)
-    gap = b.gaps(problem, found.weight / design.sd[:, None], found.lam, rows, np.arange(5))
-    print(json.dumps([found.place.tolist(), found.ended.tolist(), gap.tolist()]))
+    path, refit = b.saga(design, problem.y, options, 60, b.Step(lr=0.05, batch=80, stop=stop))
+    for found, sd, rows in ((path, design.sd, np.sort(problem.train)), (refit, design.sd_full, np.arange(400))):
+        gap = b.gaps(problem, found.weight.numpy() / sd[:, None], found.lam.numpy(), rows, np.arange(5))
+        print(json.dumps([found.place.tolist(), found.ended.tolist(), gap.tolist()]))
+least = options.grid(1.0)[b.ours(problem, options)[0].best]
+print(bool(np.allclose(refit.lam.numpy() / b.ours(problem, options)[0].path_lam[0], least, rtol=1e-5)))
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
-    (_, _, early), (place, ended, late) = map(json.loads, done.stdout.splitlines())
+    *found, same_lambda = map(json.loads, done.stdout.replace("True", "true").splitlines())
+    (_, _, early), _, (place, _, _), _ = found
     assert place == [3] * 5
-    assert all(ended)
-    assert max(late) < 1e-5
     assert max(early) > 1e-3
+    for _, ended, late in found[2:]:
+        assert all(ended)
+        assert max(late) < 1e-5
+    assert same_lambda
 
 
 def test_work_is_counted_where_it_is_done_and_answers_stay():
