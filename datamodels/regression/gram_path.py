@@ -23,6 +23,8 @@ TARGETS = 64  # products with the columns are made for so many at a time
 PATH_TOL = 1e-3  # largest violation / lam on the path, which only chooses a lambda; the refit goes to options.tol
 NEVER = 1e300  # the threshold of a column that must not be chosen
 FAR = 0.5  # a coded mean beyond it leaves float32 too few digits for the path; so do columns that are not centred
+FLOAT32_END = 5e-4  # times lambda_max: what float32 rounds is no longer small beside a lambda below it
+FLOAT32_RANGE = 1e-25, 1e25  # of sums of outcomes
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +162,7 @@ class Job:
         into, options, train, full = self.into, self.options, self.train, self.full
         thr, thr_full = train.thresholds(penalty), full.thresholds(penalty)
         near = self.use_bias and train.gram.dtype != np.float64 and np.abs(train.mu).max() <= FAR
-        kind = np.float32 if near else np.float64
+        near = near and FLOAT32_RANGE[0] < np.abs(q).max() < FLOAT32_RANGE[1]
         start = unpenalised(train, thr, q)
         start_full = unpenalised(full, thr_full, q_full)
         top = 0.0 if into.train.constant[t] else lambda_max(train, thr, q, *start)
@@ -169,12 +171,17 @@ class Job:
             lam = 0.0 if into.full.constant[t] else float(float32_at_least(lambda_max(full, thr_full, q_full, W, w)))
         else:
             grid = options.grid(top)
-            errors, nnz = np.full(len(grid), np.nan), np.full(len(grid), -1, dtype=np.int64)
             n_val = full.n - train.n
-            best, turned, rr, W, w, active, self.room.H = descent.path(
-                train.gram, train.diag, train.mu, float(train.n), q, power, self.columns.x_val, r_val, thr, train.norm,
-                train.mu.astype(kind), start[0], start[1], grid, options.patience, PATH_TOL, self.packed(), errors, nnz,
-            )  # fmt: skip
+            short = grid[grid >= FLOAT32_END * top]
+            for kind, some in ((np.float32, short), (np.float64, grid))[0 if near else 1 :]:
+                errors, nnz = np.full(len(grid), np.nan), np.full(len(grid), -1, dtype=np.int64)
+                best, turned, rr, W, w, active, self.room.H = descent.path(
+                    train.gram, train.diag, train.mu, float(train.n), q, power, self.columns.x_val, r_val, thr,
+                    train.norm, train.mu.astype(kind), start[0], start[1], some, options.patience, PATH_TOL,
+                    self.packed(), errors, nnz,
+                )  # fmt: skip
+                if turned or len(some) == len(grid):
+                    break
             seen = nnz >= 0
             into.path_lam[seen, t], into.path_mse[seen, t] = grid[seen], errors[seen] / n_val
             into.path_nnz[seen, t] = nnz[seen]

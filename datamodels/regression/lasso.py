@@ -40,6 +40,7 @@ DEFAULT_TOL = 1e-5
 SOLVERS = ("auto", "cpu", "gpu", "fast_l1", "gram", "wide")
 WIDE = 20_000, 20  # more columns than that, or than that many per row, and more than rows: a Gram matrix does not pay
 CERTIFIED = 64  # targets at a time
+COMPILED = [np.dtype(kind) for kind in "?bBhHiIlLqQfd"]  # what numba takes: not float16, long double or foreign bytes
 
 
 class RegressionWarning(UserWarning):
@@ -138,7 +139,8 @@ def fit(
 
     Constant columns get weight 0, constant targets weight 0 and their value as the bias. Warns
     (RegressionWarning), by name, of constant targets, of targets whose validation minimum lies at an end of
-    the path, and of targets that miss `tol`. Raises RegressionError for options out of range.
+    the path, and of targets that miss `tol`, by their weights or by the rounding of their bias. Raises
+    RegressionError for options out of range.
     """
     options = PathOptions(k=k, eps=eps, patience=patience, tol=tol)
     problem = _as_masks(problem)
@@ -157,9 +159,8 @@ def fit(
     found = chosen.solve(problem, options, use_bias, workers, tell, **extra)
 
     full, weight = found.full, found.weight
-    bias = (full.y_mean - _predictions_at(full.mean, weight)).astype(np.float32) if use_bias else np.zeros(
-        weight.shape[1], dtype=np.float32
-    )  # fmt: skip
+    exact = full.y_mean - _predictions_at(full.mean, weight) if use_bias else np.zeros(weight.shape[1])
+    bias = exact.astype(np.float32)
     rows = np.sort(np.concatenate([problem.train, problem.val]))
     if chosen.NAME == "gpu":  # where the columns are on the card already, and a host would take minutes
         gap, kkt = chosen.certify(problem, weight, found.lam, use_bias, device or "cuda")
@@ -171,7 +172,7 @@ def fit(
         CONSTANT if constant else TURNED if turned else END_OF_PATH
         for constant, turned in zip(found.train.constant, found.turned, strict=True)
     )
-    _warn(problem, options, found, gap)
+    _warn(problem, options, found, gap, exact - bias)
     return Datamodel(
         weight=weight,
         bias=bias,
@@ -227,6 +228,8 @@ def certify(
     n, T = len(rows), weight.shape[1]
     gap, kkt = np.zeros(T), np.zeros(T)
     own = x if n == len(x) and (rows == np.arange(n)).all() else x[rows]
+    if own.dtype not in COMPILED:
+        own = own.astype(np.float32 if own.itemsize == 2 else np.float64)
     varies = np.flatnonzero(sd > 0)
     shrunk = np.ones((len(weight), T)) if penalty is None else penalty if penalty.ndim == 2 else penalty[:, None]
     bases: dict[bytes, np.ndarray] = {}
@@ -248,8 +251,9 @@ def certify(
         highest = np.abs(r0).max(axis=1)
         r = r0 - products.rows_times(own, w)
         if use_bias:
-            r0 -= r0.mean(axis=1, keepdims=True)
-            r -= r.mean(axis=1, keepdims=True)
+            for _ in range(2):  # what the first mean leaves by rounding counts where columns are far from 0
+                r0 -= r0.mean(axis=1, keepdims=True)
+                r -= r.mean(axis=1, keepdims=True)
         v = np.ascontiguousarray(np.broadcast_to(shrunk[:, some] if shrunk.shape[1] > 1 else shrunk, w.T.shape).T)
         v = np.ascontiguousarray(v[:, varies], dtype=np.float64)
         plain, of_plain = r, products.times_columns(r, own)[:, varies] / (n * sd[varies])
@@ -340,7 +344,7 @@ def _needed(solver: ModuleType, problem: Problem, T: int, workers: int) -> int:
     return 4 * p * T + max(solver.memory(n, p, T, problem.x.dtype, workers), certificate)
 
 
-def _warn(problem: Problem, options: PathOptions, found: Solution, gap: np.ndarray) -> None:
+def _warn(problem: Problem, options: PathOptions, found: Solution, gap: np.ndarray, off: np.ndarray) -> None:
     train, full = found.train, found.full
 
     def tell(which: np.ndarray, text: str, names: Sequence[str] = problem.targets) -> None:
@@ -366,6 +370,11 @@ def _warn(problem: Problem, options: PathOptions, found: Solution, gap: np.ndarr
     tell(
         ~(gap <= options.tol),
         f"not converged to a relative duality gap of {options.tol}; raise tol or scale the columns",
+    )
+    tell(
+        # What it adds to the gap; outcomes that vary by rounding alone are as good as constant.
+        ~(off**2 <= options.tol * full.power) & ~full.constant & (full.power > 1e-24 * full.y_mean**2),
+        "the bias, a float32, is too coarse so far from 0; take the mean out of these outcomes and of real columns",
     )
 
 

@@ -346,12 +346,55 @@ def test_real_columns_far_from_zero():
     np.testing.assert_allclose(far.weight * x.std(axis=0)[:, None], near.weight * x.std(axis=0)[:, None], atol=1e-4)
 
 
+@pytest.mark.parametrize("far", [1e6, 1e8])
+def test_certificate_of_columns_far_from_zero(far):
+    """The certificate is that of the columns less their means, whatever rounding these bring in."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((120, 20))
+    y = x[:, :5] @ rng.standard_normal((5, 3)) + 0.3 * rng.standard_normal((120, 3))
+    problem = make_problem(x + far, y)
+    model = fit_warned("bias, a float32, is too coarse.*: 3: ", problem)
+    assert model.gap.max() <= 1e-5
+    near, sd = problem.x - far, x.std(axis=0)
+    gap, kkt = certify(near, y, np.arange(120), model.weight, model.lam.astype(np.float64), sd, True)
+    np.testing.assert_allclose(model.gap, gap, rtol=2e-9 * far)
+    np.testing.assert_allclose(model.kkt, kkt, rtol=2e-9 * far)
+
+
+def test_a_bias_that_float32_cannot_hold_is_reported_by_name():
+    x, y = simulate(T=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the bias")
+        fit(make_problem(x, y + 1000), use_bias=True)
+    y[:, 1] += 1e8
+    model = fit_warned(r"the bias, a float32, is too coarse.*: 1: y\[1\]$", make_problem(x, y))
+    assert abs((y - model.predict(x)).mean(axis=0))[1] > 0.01
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**120])
+def test_outcomes_of_any_size(size):
+    x, y = simulate()
+    near, far = quiet_fit(make_problem(x, y)), quiet_fit(make_problem(x, y * size))
+    np.testing.assert_allclose(far.lam.astype(float), near.lam * size, rtol=1e-6)
+    np.testing.assert_allclose(far.weight.astype(float), near.weight * size, atol=1e-4 * size)
+    np.testing.assert_allclose(far.r2_val, near.r2_val, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_outcomes_of_any_float_type(dtype):
     x, y = simulate()
     y = y.astype(dtype)
     short, long = quiet_fit(make_problem(x, y)), quiet_fit(make_problem(x, y.astype(np.float64)))
     np.testing.assert_array_equal(short.weight, long.weight)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "longdouble", ">f8", ">i2", "int8"])
+def test_real_columns_of_any_type(dtype):
+    x = np.random.default_rng(0).integers(-5, 5, (300, 40))
+    y = simulate()[1] + x[:, :6]
+    near, far = quiet_fit(make_problem(x.astype(float), y)), quiet_fit(make_problem(x.astype(dtype), y))
+    for name in ("weight", "bias", "gap", "kkt"):
+        np.testing.assert_array_equal(getattr(far, name), getattr(near, name))
 
 
 def test_integer_masks_are_masks():

@@ -83,6 +83,23 @@ def test_same_answers_as_with_a_gram_matrix(shape, kind, use_bias, monkeypatch, 
     assert (wide.weight[3:5] == 0).all() or kind == "real"
 
 
+def test_a_path_to_very_small_lambdas():
+    """float32 gradients would choose other lambdas here, and take a hundred times as long."""
+    rng = np.random.default_rng(0)
+    few = rng.random((60, 5)) < 0.5
+    x = few[:, rng.integers(0, 5, 300)] ^ (rng.random((60, 300)) < 0.02)
+    y = np.column_stack([x[:, :3].sum(axis=1) + 0.1 * rng.standard_normal(60), rng.standard_normal(60)])
+    problem = make_problem(x, y)
+    gram, wide = (quiet_fit(problem, solver=name, k=60, eps=1e-7, patience=60) for name in ("gram", "wide"))
+    assert (gram.path.nnz >= 0).all()
+    np.testing.assert_allclose(gram.path.val_mse, wide.path.val_mse, rtol=0.03)
+    np.testing.assert_array_equal(gram.lam, wide.lam)
+    soon = quiet_fit(problem, solver="gram", k=60, eps=1e-7)  # stops before
+    seen = soon.path.nnz >= 0
+    np.testing.assert_allclose(soon.path.val_mse[seen], wide.path.val_mse[seen], rtol=0.01)
+    assert 3 < seen.sum(axis=0).min() <= seen.sum(axis=0).max() < 40
+
+
 def test_columns_that_the_first_look_left_out_are_found(monkeypatch, exact_paths):
     """Where the line through the last solutions tells nothing, every column must enter through the check of all."""
     x, y = simulate(60, 300, 4)
