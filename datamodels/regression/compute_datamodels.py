@@ -246,7 +246,7 @@ class _Rate:
     def __init__(self, bar: Any):
         self._bar, self._lambdas, self._started = bar, 0, time.monotonic()
 
-    def __call__(self, targets: int, lambdas: int) -> None:
+    def __call__(self, targets: int, lambdas: int = 0) -> None:
         self._lambdas += lambdas
         if self._lambdas:
             rate = self._lambdas / max(time.monotonic() - self._started, 1e-9)

@@ -77,7 +77,7 @@ def score(store_path: Path, result: Path, sizes: Sequence[int]) -> dict:
                 problem = problem_from_store(store, num_train=train, num_val=val)
                 with tqdm(total=problem.y.shape[1], desc=f"   {size:,} rows", unit="target", leave=False,
                           disable=not sys.stderr.isatty()) as bar:  # fmt: skip
-                    model = fit(problem, progress=bar.update)
+                    model = fit(problem, progress=lambda targets, lambdas: bar.update(targets))
                 kept.parent.mkdir(exist_ok=True)
                 model.save(kept)
             with tqdm(total=len(model.targets), desc="   its score", unit="target", leave=False,
