@@ -90,12 +90,12 @@ def rows_times(x: np.ndarray, values: np.ndarray) -> np.ndarray:
         return _real_times(x, np.ascontiguousarray(values, dtype=np.float64))
     digits, unit = limbs(values)
     if x.shape[1] <= ROWS:
-        return join(matmul(x.view(np.int8), digits.T).T, unit)
+        return join(matmul(digits, x.view(np.int8).T), unit)
     total: np.ndarray = np.zeros((len(digits), len(x)), dtype=np.int64)
     for first in range(0, x.shape[1], ROWS):
         some = slice(first, first + ROWS)
         columns = np.ascontiguousarray(x[:, some]).view(np.int8)
-        total += matmul(columns, np.ascontiguousarray(digits[:, some]).T).T
+        total += matmul(np.ascontiguousarray(digits[:, some]), columns.T)
     return join(total, unit)
 
 
@@ -120,12 +120,23 @@ def _digits(values, digits, unit):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _join(products, unit, out):  # type: ignore[no-untyped-def]
+    highest = len(products) - 1
     for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            total = np.float64(products[len(products) - 1, i, j])
-            for limb in range(len(products) - 2, -1, -1):
-                total = total * 256.0 + products[limb, i, j]
-            out[i, j] = total * unit[i]
+        row = out[i]
+        top = products[highest, i]
+        for j in range(len(row)):
+            row[j] = np.float64(top[j])
+        for limb in range(highest - 1, 0, -1):
+            digit = products[limb, i]
+            for j in range(len(row)):
+                row[j] = row[j] * 256.0 + np.float64(digit[j])
+        lowest, scale = products[0, i], unit[i]
+        if highest > 0:
+            for j in range(len(row)):
+                row[j] = (row[j] * 256.0 + np.float64(lowest[j])) * scale
+        else:
+            for j in range(len(row)):
+                row[j] *= scale
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
