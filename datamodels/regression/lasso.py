@@ -40,6 +40,7 @@ DEFAULT_TOL = 1e-5
 SOLVERS = ("auto", "cpu", "gpu", "fast_l1", "gram", "wide")
 WIDE = 20_000, 20  # more columns than that, or than that many per row, and more than rows: a Gram matrix does not pay
 CERTIFIED = 64  # targets at a time
+BASES = 4  # sets of unpenalised columns that are remembered; each takes as much memory as the columns in float64
 COMPILED = [np.dtype(kind) for kind in "?bBhHiIlLqQfd"]  # what numba takes: not float16, long double or foreign bytes
 
 
@@ -236,12 +237,16 @@ def certify(
 
     def basis(free: np.ndarray) -> np.ndarray:
         """Orthonormal columns (n, r) that span those of x which are not shrunk."""
-        if free.tobytes() not in bases:
+        found = bases.get(free.tobytes())
+        if found is None:
             part = own[:, free].astype(np.float64)
             part = part - part.mean(axis=0) if use_bias else part
             left, size, _ = np.linalg.svd(part / np.sqrt((part**2).sum(axis=0)), full_matrices=False)
-            bases[free.tobytes()] = left[:, size > 1e-7 * size[0]]
-        return bases[free.tobytes()]
+            found = left[:, size > 1e-7 * size[0]]
+            if len(bases) >= BASES:
+                bases.clear()
+            bases[free.tobytes()] = found
+        return found
 
     def chunk(some: slice) -> tuple[int, int]:
         # Outcomes are rows here: their sums then do not depend on how many targets there are.

@@ -85,7 +85,8 @@ class Target:
         columns, part, m = self.columns, self.part, self.m
         self.m += len(which)
         if self.m > len(self.H):
-            bigger = np.empty((2 * self.m + 30, 2 * self.m + 30), dtype=self.H.dtype)
+            room = self.m + self.m // 2 + 30
+            bigger = np.empty((room, room), dtype=self.H.dtype)
             bigger[:m, :m] = self.H[:m, :m]
             self.H = bigger
         self.W = np.concatenate([self.W, which.astype(np.int32)])

@@ -153,11 +153,29 @@ def test_memory_is_what_was_asked_for(shape, name):
     problem = make_problem(x, y)
     solver, _ = lasso._choose_solver(problem, 2)
     assert name == solver.NAME
+    quiet_fit(make_problem(x[:, :50], y), k=2, eps=0.9, solver=name)  # compiled
     tracemalloc.start()
     quiet_fit(problem, k=3, eps=0.8, workers=2)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.3 < peak / lasso._needed(solver, problem, problem.y.shape[1], workers=2) <= 1
+
+
+@pytest.mark.parametrize(("solver", "eps", "free"), [(wide_path, 0.02, 0), (gram_path, 0.5, 150)])
+def test_memory_of_many_chosen_or_unpenalised_columns(solver, eps, free):
+    """Working sets larger than the number of rows, or other unpenalised columns for each target."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((250, 750)) < 0.5, rng.standard_normal((250, 64))
+    penalty = np.ones((750, 64))
+    for t in range(64):
+        penalty[rng.permutation(750)[:free], t] = 0
+    problem = make_problem(x, y, penalty=penalty)
+    quiet_fit(problem, k=2, eps=0.9, solver=solver.NAME)  # compiled
+    tracemalloc.start()
+    quiet_fit(problem, k=10, eps=eps, patience=10, workers=2, solver=solver.NAME)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= lasso._needed(solver, problem, 64, workers=2)
 
 
 def test_too_little_memory_is_refused_before_any_is_taken(monkeypatch):
