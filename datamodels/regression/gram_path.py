@@ -197,9 +197,10 @@ class Job:
         if lam == 0 and not len(W):
             return
         left = power_full - float(q_full[start_full[0]] @ start_full[1])
+        strict = np.where(thr_full == 0, descent.FREE * full.norm, full.norm) if len(start_full[0]) else full.norm
         denominator = left if left > 1e-24 * max(power_full, 1e-300) else 2.0 * full.n
         W, w, _, self.room.H = descent.refit(
-            full.gram, full.diag, full.mu, float(full.n), q_full, power_full, thr_full, full.norm, lam,
+            full.gram, full.diag, full.mu, float(full.n), q_full, power_full, thr_full, strict, lam,
             W.astype(np.int32), w, options.tol / 4, denominator, self.packed(),
         )  # fmt: skip
         into.weight[W, t] = w / self.columns.unit[W]

@@ -101,7 +101,8 @@ class Target:
         self.w, self.last_w = np.concatenate([self.w, add]), np.concatenate([self.last_w, add])
         self.own = np.concatenate([self.own, squares - part.n * mu**2])
         self.thr_w = np.concatenate([self.thr_w, self.thr[which]])
-        self.norm_w = np.concatenate([self.norm_w, part.norm[which]])
+        strict = np.where(self.thr[which] == 0, descent.FREE, 1.0)
+        self.norm_w = np.concatenate([self.norm_w, strict * part.norm[which]])
         self.mu_w = np.concatenate([self.mu_w, mu])
 
     def go_on(self, ahead: float) -> None:
