@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Of the rows, where nobody says num_val. On digits .1 cost .014 LDS at 500 rows, .005 at 1,000 and .001 at 4,000;
 # .3 was no better beyond .0015.
 VAL_SHARE = 0.2
+LARGEST = 1e38  # value of a column or an outcome; float32 ends at 3.4e38
 
 
 @dataclass(frozen=True, eq=False)
@@ -399,7 +400,14 @@ def _refuse_nonfinite(values: np.ndarray, rows: np.ndarray, names: Sequence[str]
     if values.dtype.kind != "f":
         return
     for first in range(0, len(values), 4096):  # never a second copy of a large matrix
-        bad = ~np.isfinite(values[first : first + 4096])
+        block = values[first : first + 4096]
+        bad = ~np.isfinite(block)
+        if not bad.any() and max(float(block.max()), -float(block.min())) > LARGEST:
+            at, column = np.argwhere(np.abs(block) > LARGEST)[0]
+            raise RegressionError(
+                f"row {rows[first + at]}, {what} {names[column]!r}: {block[at, column]} is beyond {LARGEST}, and "
+                f"weights are kept in float32; divide all of them by a power of ten"
+            )
         if bad.any():
             at, column = np.argwhere(bad)[0]
             total = int((~np.isfinite(values)).sum())

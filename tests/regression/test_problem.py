@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import numpy as np
@@ -210,3 +211,13 @@ def test_nan_in_a_store_is_refused_by_row_and_target(tmp_path):
     with pytest.raises(RegressionError, match=r"row 15, target 'margins\[2\]': nan is not finite"):
         problem_from_store(store)
     assert problem_from_store(store, target_end=2).y.shape == (20, 2)
+
+
+@pytest.mark.parametrize("where", ["column", "target"])
+def test_values_that_float32_does_not_hold_are_refused_by_name(where):
+    x, y = np.random.default_rng(0).standard_normal((30, 4)), np.random.default_rng(1).standard_normal((30, 2))
+    (x if where == "column" else y)[17, 1] = -1e160
+    name = "x[1]" if where == "column" else "y[1]"
+    with pytest.raises(RegressionError, match=rf"row 17, {where} '{re.escape(name)}': -1e\+160 is beyond 1e\+38"):
+        make_problem(x, y)
+    make_problem(np.clip(x, -1e38, 1e38), np.clip(y, -1e38, 1e38))
