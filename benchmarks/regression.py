@@ -7,7 +7,7 @@ of outcomes with R²=½: "sparse", 50 columns matter, with normal weights; "heav
 t with 1.5 degrees of freedom. A job is a path on the training rows, the lambda by validation MSE, and the refit of that
 lambda on all rows. Ours does all targets, peers a few random ones, which is extrapolated to all; ours runs again before
 each of these, so that what else the machine does falls on both. Peers are spared what ours pays: their columns come
-standardised, and Gram matrices and products with the outcomes are shared and counted once. Every refit's relative
+standardised; the Gram matrices that scikit-learn is given are counted once. Every refit's relative
 duality gap is that of lasso.certify.
 """
 
