@@ -52,7 +52,7 @@ class Clock:
     """Seconds and calls per stage: CUDA events on a GPU, read once at the end, the wall clock elsewhere."""
 
     device: torch.device
-    marks: list[tuple[str, torch.cuda.Event | float]] = field(default_factory=list)
+    marks: list[tuple[str, Any]] = field(default_factory=list)
 
     def __call__(self, stage: str) -> None:
         if self.device.type == "cuda":
@@ -67,7 +67,7 @@ class Clock:
         wait(self.device)
         out: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
         for (name, start), (_, end) in zip(self.marks[:-1], self.marks[1:], strict=True):
-            seconds = start.elapsed_time(end) / 1e3 if isinstance(start, torch.cuda.Event) else end - start  # type: ignore
+            seconds = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
             out[name] = out[name][0] + seconds, out[name][1] + 1
         return out
 

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -212,7 +213,7 @@ class Record:
         return self.shared + T * float(np.mean(self.path_seconds if path_only else self.seconds))
 
 
-class Peer:
+class Peer(ABC):
     """path: coefficients (p, k) of standardised columns.  refit: (p,) at one lambda, from a start.  y is centred."""
 
     name = ""
@@ -222,11 +223,11 @@ class Peer:
         self.design = design
         self.shared = 0.0
 
-    def path(self, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def path(self, y: np.ndarray, grid: np.ndarray) -> np.ndarray: ...
 
-    def refit(self, y: np.ndarray, lam: float, start: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def refit(self, y: np.ndarray, lam: float, start: np.ndarray) -> np.ndarray: ...
 
     def job(self, y_all: np.ndarray, grid: np.ndarray, record: Record) -> None:
         design = self.design

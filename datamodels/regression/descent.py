@@ -33,37 +33,40 @@ def _compiled(function):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def move(M, diag, mu, n, which, by, count, g):  # type: ignore[no-untyped-def]
-    """g −= H[:, which] @ by, for the first `count` of them."""
-    p = len(g)
-    kind = g.dtype.type
+def _subtract(rows, which, by, count, mu, factor, along, out):  # type: ignore[no-untyped-def]
+    """out −= Σ_a by_a · (rows[which_a] − factor · mu[which_a] · along), for the first `count`, eight at a time."""
+    kind = out.dtype.type
     a = 0
     while a + 8 <= count:
-        r0, r1, r2, r3 = M[which[a]], M[which[a + 1]], M[which[a + 2]], M[which[a + 3]]
-        r4, r5, r6, r7 = M[which[a + 4]], M[which[a + 5]], M[which[a + 6]], M[which[a + 7]]
+        r0, r1, r2, r3 = rows[which[a]], rows[which[a + 1]], rows[which[a + 2]], rows[which[a + 3]]
+        r4, r5, r6, r7 = rows[which[a + 4]], rows[which[a + 5]], rows[which[a + 6]], rows[which[a + 7]]
         d0, d1, d2, d3 = kind(by[a]), kind(by[a + 1]), kind(by[a + 2]), kind(by[a + 3])
         d4, d5, d6, d7 = kind(by[a + 4]), kind(by[a + 5]), kind(by[a + 6]), kind(by[a + 7])
         shift = 0.0
         for b in range(a, a + 8):
             shift += by[b] * mu[which[b]]
-        s = kind(n * shift)
-        for j in range(p):
-            g[j] -= (
+        s = kind(factor * shift)
+        for j in range(len(out)):
+            out[j] -= (
                 (d0 * kind(r0[j]) + d1 * kind(r1[j]) + d2 * kind(r2[j]) + d3 * kind(r3[j]))
                 + (d4 * kind(r4[j]) + d5 * kind(r5[j]) + d6 * kind(r6[j]) + d7 * kind(r7[j]))
-                - s * mu[j]
+                - s * along[j]
             )
         a += 8
     while a < count:
-        row = M[which[a]]
-        d = kind(by[a])
-        s = kind(n * by[a] * mu[which[a]])
-        for j in range(p):
-            g[j] -= d * kind(row[j]) - s * mu[j]
+        row, d, s = rows[which[a]], kind(by[a]), kind(factor * by[a] * mu[which[a]])
+        for j in range(len(out)):
+            out[j] -= d * kind(row[j]) - s * along[j]
         a += 1
+
+
+@_compiled
+def move(M, diag, mu, n, which, by, count, g):  # type: ignore[no-untyped-def]
+    """g −= H[:, which] @ by, for the first `count` of them."""
+    _subtract(M, which, by, count, mu, n, mu, g)
     for a in range(count):  # the diagonal may not fit into M
         k = which[a]
-        g[k] -= kind(by[a] * (diag[k] - np.float64(M[k, k])))
+        g[k] -= g.dtype.type(by[a] * (diag[k] - np.float64(M[k, k])))
 
 
 @_compiled
@@ -128,30 +131,7 @@ def _pack(M, W, m, count, H):  # type: ignore[no-untyped-def]
 @_compiled
 def slide(X, mu, which, by, count, r):  # type: ignore[no-untyped-def]
     """r −= (X − mu)[which]ᵀ @ by, for the first `count` of them; X holds columns as rows."""
-    m = len(r)
-    kind = r.dtype.type
-    a = 0
-    while a + 8 <= count:
-        r0, r1, r2, r3 = X[which[a]], X[which[a + 1]], X[which[a + 2]], X[which[a + 3]]
-        r4, r5, r6, r7 = X[which[a + 4]], X[which[a + 5]], X[which[a + 6]], X[which[a + 7]]
-        d0, d1, d2, d3 = kind(by[a]), kind(by[a + 1]), kind(by[a + 2]), kind(by[a + 3])
-        d4, d5, d6, d7 = kind(by[a + 4]), kind(by[a + 5]), kind(by[a + 6]), kind(by[a + 7])
-        shift = 0.0
-        for b in range(a, a + 8):
-            shift += by[b] * mu[which[b]]
-        s = kind(shift)
-        for i in range(m):
-            r[i] -= (
-                (d0 * kind(r0[i]) + d1 * kind(r1[i]) + d2 * kind(r2[i]) + d3 * kind(r3[i]))
-                + (d4 * kind(r4[i]) + d5 * kind(r5[i]) + d6 * kind(r6[i]) + d7 * kind(r7[i]))
-                - s
-            )
-        a += 8
-    while a < count:
-        row, d, s = X[which[a]], kind(by[a]), kind(by[a] * mu[which[a]])
-        for i in range(m):
-            r[i] -= d * kind(row[i]) - s
-        a += 1
+    _subtract(X, which, by, count, mu, 1.0, np.ones(len(r), dtype=r.dtype), r)
 
 
 @_compiled

@@ -49,7 +49,7 @@ bench-gpu` measures.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -289,10 +289,19 @@ class Local:
 
 def int_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a bᵀ, int32, of int8 matrices (rows, n) of 0 and 1 with rows and n multiples of 32."""
-    if hasattr(torch, "_int_mm"):
-        with contextlib.suppress(RuntimeError, NotImplementedError):
-            return torch._int_mm(a, b.T)
+    if has_int_product(a.device):
+        return torch._int_mm(a, b.T)
     return (a.float() @ b.float().T).to(torch.int32)  # exact below 2²⁴ rows
+
+
+@functools.cache
+def has_int_product(device: torch.device) -> bool:
+    """Whether this torch multiplies int8 matrices there; errors of a real product are not taken for an answer."""
+    ones = torch.ones(32, 64, dtype=torch.int8, device=device)
+    try:
+        return bool((torch._int_mm(ones, ones.T) == 64).all())
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
 
 
 @dataclass(eq=False)
