@@ -58,9 +58,8 @@ def solve(
     products = Gram(**kept(keep, lambda: vars(multiply(columns, workers))))
     train, full = _sides(columns, products, use_bias)
     T, p = problem.y.shape[1], problem.x.shape[1]
-    solution = Solution.empty(
-        p, T, options.k, _scale(columns, train, T, columns.sd_train), _scale(columns, full, T, columns.sd_full)
-    )
+    scales = [Scale.of_coded(columns.origin, columns.unit, s.mu, s.norm, s.n, T) for s in (train, full)]
+    solution = Solution.empty(p, T, options.k, *scales)
     job = Job(problem, options, use_bias, columns, train, full, solution, Event())
     size = max(1, min(TARGETS, -(-T // workers)))
     for done in each_chunk(job.run, T, workers, size, job.stop):
@@ -89,17 +88,6 @@ def _sides(columns: Columns, products: Gram, use_bias: bool) -> tuple[Side, Side
     )
 
 
-def _scale(columns: Columns, side: Side, T: int, sd: np.ndarray) -> Scale:
-    return Scale(
-        n=side.n,
-        mean=columns.origin + columns.unit * side.mu if side.mu.any() or columns.origin.any() else side.mu,
-        sd=columns.unit * sd,
-        y_mean=np.zeros(T),
-        power=np.zeros(T),
-        constant=np.zeros(T, dtype=bool),
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
     problem: Problem
@@ -124,10 +112,7 @@ class Job:
         names = range(*targets.indices(problem.y.shape[1]))
         at = np.array(names)
         for side, scale in ((train, self.into.train), (full, self.into.full)):
-            own = y[:, : side.n]
-            scale.constant[at] = own.min(axis=1) == own.max(axis=1) if self.use_bias else ~own.any(axis=1)
-            if self.use_bias:
-                scale.y_mean[at] = own.mean(axis=1)
+            scale.take(at, y[:, : side.n], self.use_bias)
         y -= self.into.train.y_mean[at, None]  # r0 of the path's rows; the others about the same mean
         on_train, on_val = y[:, : train.n], y[:, train.n :]
         total = on_train.sum(axis=1), on_val.sum(axis=1)
@@ -135,10 +120,8 @@ class Job:
         q_full = q + gradient(columns, on_val, slice(train.n, None), total[1])
         q -= np.outer(total[0], train.mu)
         q_full -= np.outer(total[0] + total[1], full.mu)
-        power = (on_train**2).sum(axis=1)
+        power, power_full = self.into.train.power[at] * train.n, self.into.full.power[at] * full.n
         power_val = (on_val**2).sum(axis=1)
-        power_full = ((y - (self.into.full.y_mean - self.into.train.y_mean)[at, None]) ** 2).sum(axis=1)
-        self.into.train.power[at], self.into.full.power[at] = power / train.n, power_full / full.n
         penalty = problem.penalty_of(targets)
         for b, t in enumerate(names):
             if self.stop.is_set():

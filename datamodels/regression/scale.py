@@ -61,6 +61,18 @@ class Scale:
     power: np.ndarray
     constant: np.ndarray
 
+    @classmethod
+    def of_coded(cls, origin: np.ndarray, unit: np.ndarray, mu: np.ndarray, norm: np.ndarray, n: int, T: int) -> Scale:
+        """That of n rows of columns (x − origin) / unit with means mu and sd norm / n, and T outcomes not yet known."""
+        return cls(n, origin + unit * mu, unit * norm / n, np.zeros(T), np.zeros(T), np.zeros(T, dtype=bool))
+
+    def take(self, targets: np.ndarray, y: np.ndarray, use_bias: bool) -> None:
+        """Fill in these targets from their outcomes y (B, n)."""
+        self.constant[targets] = y.min(axis=1) == y.max(axis=1) if use_bias else ~y.any(axis=1)
+        if use_bias:
+            self.y_mean[targets] = y.mean(axis=1)
+        self.power[targets] = ((y - self.y_mean[targets, None]) ** 2).mean(axis=1)
+
     @property
     def inverse_sd(self) -> np.ndarray:
         """1 / sd, and 0 for constant columns."""

@@ -140,7 +140,9 @@ def solve(
     """Path on the training rows, lambda by the validation rows, refit on both; chunks of targets in parallel."""
     columns = _columns(problem, use_bias)
     T, p = problem.y.shape[1], problem.x.shape[1]
-    solution = Solution.empty(p, T, options.k, _scale(columns, columns.train, T), _scale(columns, columns.full, T))
+    parts = columns.train, columns.full
+    scales = [Scale.of_coded(columns.origin, columns.unit, part.mu, part.norm, part.n, T) for part in parts]
+    solution = Solution.empty(p, T, options.k, *scales)
     stop = Event()
     size = max(1, min(TARGETS, -(-T // workers)))
 
@@ -190,12 +192,6 @@ def _bits(x: np.ndarray) -> np.ndarray:
     return padded.view(np.uint64)
 
 
-def _scale(columns: Columns, part: Part, T: int) -> Scale:
-    mean = columns.origin + columns.unit * part.mu if part.mu.any() or columns.origin.any() else part.mu
-    sd = columns.unit * part.norm / part.n
-    return Scale(part.n, mean, sd, np.zeros(T), np.zeros(T), np.zeros(T, dtype=bool))
-
-
 def _solve_chunk(
     targets: slice,
     problem: Problem,
@@ -210,11 +206,7 @@ def _solve_chunk(
     y = np.ascontiguousarray(problem.outcomes(np.concatenate([problem.train, problem.val]), targets).T)
     at = np.arange(*targets.indices(problem.y.shape[1]))
     for part, scale in ((train, into.train), (full, into.full)):
-        own = y[:, : part.n]
-        scale.constant[at] = own.min(axis=1) == own.max(axis=1) if use_bias else ~own.any(axis=1)
-        if use_bias:
-            scale.y_mean[at] = own.mean(axis=1)
-        scale.power[at] = ((own - scale.y_mean[at, None]) ** 2).mean(axis=1)
+        scale.take(at, y[:, : part.n], use_bias)
     penalty = problem.penalty_of(targets).T
     kind: type = np.int16 if len(columns.x) <= np.iinfo(np.int16).max else np.float32
     if not columns.bits.size:
