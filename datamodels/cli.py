@@ -525,6 +525,7 @@ def parse(
     passthrough: bool = False,
     help_later: str | None = None,
     elsewhere: Collection[str] = (),
+    short: str | None = None,
 ) -> Arguments:
     """Reads command line > -C files > environment; raises ConfigError (see `run`) for what cannot be used.
 
@@ -533,11 +534,14 @@ def parse(
     `--help` prints and exits. With `help_later="worker.main_import"` and that key given, it is `collect_user`
     that prints, once the user's module has registered its sections; until then nothing is judged, so while
     `help_requested` do nothing but import the module.
-    `elsewhere` names sections that another program reads from the same -C file.
+    `elsewhere` names sections that another program reads from the same -C file. `short` is a section whose options
+    may be written without its name, `--watch` for `--store.watch`; help shows them so.
     """
     if positional and passthrough:
         raise ValueError("with passthrough nobody can tell whose the positional arguments are")
     argv = sys.argv[1:] if argv is None else list(argv)
+    if short is not None:
+        argv = _lengthen(argv, short)
     options = {f"{section}.{name}": names[name] for section, names in sections.items() for name in names}
     config = _Config()
     for section, names in sections.items():
@@ -550,7 +554,7 @@ def parse(
     tokens = _tokenize(argv, options, [key for key, option in options.items() if option.kind is bool])
 
     def help_text(more: str) -> str:
-        return _help(prog, description, sections, positional, passthrough, help_later, more)
+        return _help(prog, description, sections, positional, passthrough, help_later, more, short)
 
     if tokens.help and help_later is None:
         _print_help(help_text(""))
@@ -602,6 +606,18 @@ def parse(
         _elsewhere=frozenset(elsewhere),
         _help=help_text,
     )
+
+
+def _lengthen(argv: Sequence[str], section: str) -> list[str]:
+    """`--name` as `--section.name`, up to a lone `--`."""
+    items = list(argv)
+    for at, item in enumerate(items):
+        if item == "--":
+            break
+        name = item.partition("=")[0]
+        if name.startswith("--") and "." not in name and name not in ("--help", "--config-file"):
+            items[at] = f"--{section}.{item[2:]}"
+    return items
 
 
 def _judge(
@@ -795,6 +811,57 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     raise SystemExit(code)
 
 
+@dataclass(frozen=True)
+class Verb:
+    """One `python -m program VERB`: a line of help, what it calls with its arguments, its options and its places.
+
+    `run` returns the exit code; `positional` is as in `parse`; `details` is shown by the verb's own --help.
+    """
+
+    help: str
+    run: Callable[[Arguments], int]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    positional: Sequence[tuple[str, str]] = ()
+    details: str = ""
+
+
+def run_verb(
+    prog: str, description: str, section: str, verbs: Mapping[str, Verb], argv: Sequence[str] | None = None
+) -> int:
+    """Calls the verb that `argv` begins with and returns its exit code; `--help` in its place lists all of them.
+
+    A verb's options are those of `section`, and may be written without its name. Raises ConfigError as `parse` does.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        text = _verbs_help(prog, description, verbs)
+        if argv:
+            _print_help(text)
+        raise ConfigError(f"verb (command line) is missing; expected one of {', '.join(verbs)}; see {prog} --help")
+    name = argv[0]
+    if name not in verbs:
+        near = difflib.get_close_matches(name, list(verbs), n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; see {prog} --help"
+        raise ConfigError(f"verb (command line): expected one of {', '.join(verbs)}, got {name!r}{hint}")
+    verb = verbs[name]
+    text = f"{verb.help[0].upper()}{verb.help[1:]}." + (f"\n\n{verb.details}" if verb.details else "")
+    try:
+        args = parse(
+            f"{prog} {name}", text, {section: verb.options}, argv[1:], positional=verb.positional, short=section
+        )
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"--{section}.", "--")) from None
+    return verb.run(args)
+
+
+def _verbs_help(prog: str, description: str, verbs: Mapping[str, Verb]) -> str:
+    lines = [f"usage: {prog} VERB ... [--name=value ...]", "", *_wrap(description), "", "verbs"]
+    for name, verb in verbs.items():
+        places = " ".join(_places(verb.positional))
+        lines += _entry(f"{name} {places}", verb.help)
+    return "\n".join([*lines, "", f"{prog} VERB --help shows what a verb takes."])
+
+
 # -- --help ---------------------------------------------------------------------------------------------
 
 
@@ -814,14 +881,19 @@ def _show(value: Any) -> str:
     return str(value) or "''"
 
 
-def _usage(prog: str, positional: Sequence[tuple[str, str]], passthrough: bool) -> str:
+def _places(positional: Sequence[tuple[str, str]]) -> list[str]:
     places = []
     for name, _ in positional:
         bare = name.removesuffix("...").removesuffix("?").upper()
         optional = f"[{bare} ...]" if name.endswith("...") else f"[{bare}]"
         places.append(optional if name.endswith(("...", "?")) else bare)
+    return places
+
+
+def _usage(prog: str, positional: Sequence[tuple[str, str]], passthrough: bool, short: str | None = None) -> str:
     more = ["[what your main takes ...]"] if passthrough else []
-    return " ".join([prog, *places, "[--section.name=value ...] [-C FILE ...]", *more])
+    option = "[--section.name=value ...]" if short is None else "[--name=value ...]"
+    return " ".join([prog, *_places(positional), option, "[-C FILE ...]", *more])
 
 
 def _help(
@@ -832,8 +904,9 @@ def _help(
     passthrough: bool,
     help_later: str | None,
     user: str,
+    short: str | None = None,
 ) -> str:
-    usage = "usage: " + _usage(prog, positional, passthrough)
+    usage = "usage: " + _usage(prog, positional, passthrough, short)
     lines = textwrap.wrap(usage, _width(), subsequent_indent=" " * 7, break_on_hyphens=False)
     lines += ["", *_wrap(description)]
     if positional:
@@ -841,7 +914,9 @@ def _help(
         for name, text in positional:
             lines += _entry(name.removesuffix("?").upper(), text)
     for section, names in sections.items():
-        lines += ["", section]
+        prefix = "--" if section == short else f"--{section}."
+        if names:
+            lines += ["", "options" if section == short else section]
         for name, option in names.items():
             facts = []
             if option.required:
@@ -852,15 +927,19 @@ def _help(
                 facts.append(f"default {_show(option.default)}")
             if option.ignored is not None:
                 facts = [f"accepted, does nothing: {option.ignored}"]
-            left = f"--{section}.{name}" + ("[=BOOL]" if option.kind is bool else f"={_METAVAR[option.kind]}")
+            left = f"{prefix}{name}" + ("[=BOOL]" if option.kind is bool else f"={_METAVAR[option.kind]}")
             lines += _entry(left, f"{option.help} [{'; '.join(facts)}]" if facts else option.help)
     if user:
         lines += ["", user]
     elif help_later is not None:
         lines += ["", *_wrap(f"With --{help_later}=MODULE, --help shows that module's own options too.")]
-    section, name = next(((section, name) for section, names in sections.items() for name in names), ("a", "b"))
+    first = next(((section, name) for section, names in sections.items() for name in names), None)
+    if first is None:
+        return "\n".join(lines)
+    section, name = first
+    shown = name if section == short else f"{section}.{name}"
     lines += ["", "how values are given"]
-    lines += _entry("command line", f"--{section}.{name}=VALUE or --{section}.{name} VALUE; a BOOL also bare")
+    lines += _entry("command line", f"--{shown}=VALUE or --{shown} VALUE; a BOOL also bare")
     lines += _entry("-C, --config-file FILE", "YAML or JSON; may be repeated, the last one wins:")
     lines += [" " * 32 + line for line in (f"{section}:", f"  {name}: VALUE")]
     env = environment_name(f"{section}.{name}")

@@ -636,3 +636,62 @@ def test_json_and_yaml_say_the_same(write):
 def test_errors_are_of_the_family():
     assert issubclass(ConfigError, cli.DatamodelsError)
     assert issubclass(StoreError, cli.DatamodelsError)
+
+
+# -- verbs
+
+
+def run_verb(*argv):
+    verbs = {
+        "look": cli.Verb("see what is there", lambda args: print(args.positional, args.section("store")) or 0),
+        "grow": cli.Verb(
+            "make it larger",
+            lambda args: print(args.positional, args.section("store")) or 7,
+            {"num_models": Option(int, "rows", required=True), "dry": Option(bool, "only show", default=False)},
+            (("dir", "the store"), ("more...", "others")),
+            "Nothing is rewritten.",
+        ),
+    }
+    return cli.run_verb("python -m datamodels.store", "Look after a store.", "store", verbs, argv)
+
+
+@pytest.mark.parametrize("option", ["--num_models=3", "--store.num_models=3"])
+def test_each_verb_has_its_own_options_with_and_without_the_sections_name(option, capsys):
+    assert run_verb("grow", "a", "b", option, "--dry") == 7
+    assert capsys.readouterr().out == "{'dir': 'a', 'more': ['b']} {'num_models': 3, 'dry': True}\n"
+    assert run_verb("grow", "--num_models", "3", "a", "--", "--dry") == 7
+    assert capsys.readouterr().out == "{'dir': 'a', 'more': ['--dry']} {'num_models': 3, 'dry': False}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        ((), "verb (command line) is missing; expected one of look, grow; see python -m datamodels.store --help"),
+        (("grew", "a"), "verb (command line): expected one of look, grow, got 'grew'; did you mean grow?"),
+        (("--dry", "grow"), "verb (command line): expected one of look, grow, got '--dry'"),
+        (("grow", "a"), "--num_models is required"),
+        (("grow", "a", "--num_model=3"), "--num_model (command line): unknown key; did you mean --num_models?"),
+        (("grow", "a", "--num_models=x"), "--num_models (command line): expected an int, got 'x'"),
+        (("look", "--num_models=3"), "--num_models (command line): unknown key"),
+        (("look", "a"), "'a' (command line): one argument too many; see python -m datamodels.store look --help"),
+    ],
+)
+def test_what_a_verb_refuses(argv, why):
+    with pytest.raises(ConfigError) as error:
+        run_verb(*argv)
+    assert str(error.value).startswith(why)
+
+
+def test_help_of_all_verbs_and_of_one(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run_verb("--help")
+    out = capsys.readouterr().out
+    assert "  look                          see what is there\n  grow DIR [MORE ...]           make it larger\n" in out
+    with pytest.raises(SystemExit, match="0"):
+        run_verb("grow", "--help")
+    out = capsys.readouterr().out
+    assert out.startswith("usage: python -m datamodels.store grow DIR [MORE ...] [--name=value ...]")
+    assert (
+        "Make it larger.\n\nNothing is rewritten.\n" in out and "  --num_models=INT              rows [required]" in out
+    )
+    assert "--store." not in out

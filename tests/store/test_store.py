@@ -1077,7 +1077,7 @@ def test_exit_codes_of_the_command(store, tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "not a store" in done.stderr
     assert "Traceback" not in done.stderr
     done = run("repaint", store.path)
-    assert done.returncode == 2 and "verb: expected status or verify" in done.stderr
+    assert done.returncode == 2 and "verb (command line): expected one of status, verify" in done.stderr
 
 
 # ------------------------------------------------------------------------------------ size
