@@ -31,7 +31,7 @@ from datamodels.regression.compute_datamodels import compute, read, say
 from datamodels.regression.problem import Problem, count_rows
 from datamodels.regression.scale import row_blocks
 from datamodels.store import Store
-from datamodels.store.store import SPEC_FILE
+from datamodels.store.arrays import SPEC_FILE
 
 PLAN = "plan.json"
 RESULT = "result"  # in the row's own folder

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import io
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +22,12 @@ from datamodels.design import Assignment, Design, check_index, resolve
 from datamodels.errors import ClaimLost, RowError, SpecError, StoreError
 from datamodels.spec import COMPLETED, Field, Spec, nearest
 from datamodels.store import commit as commits
-from datamodels.store.claims import TIME_TO_LIVE, Process, Run, claimed, describe_process
-from datamodels.store.commit import COMPLETED_FILE, KEY_RECORD, ROW_RECORD, ROWS_FILE, Layout, RowInfo
+from datamodels.store.arrays import SPEC_FILE, arrays, check_header
+from datamodels.store.claims import TIME_TO_LIVE, Run, claimed, describe_process
+from datamodels.store.commit import COMPLETED_FILE, ROWS_FILE, Layout, RowInfo
+from datamodels.store.create import MARKER, create
 from datamodels.store.disk import PosixDisk, filesystem
 
-SPEC_FILE, MARKER = "spec.json", "spec.json.partial"
-_FOLDERS = ("claims", "runs", "workers")
 _READ_BYTES, _READ_ROWS = 1 << 26, 1 << 14
 _LOOKS, _LOOK_SECONDS = 3, 0.05  # at a row that is being replaced
 _REPLACED = "is being replaced; read it again in a moment (one that was cut short is finished when the store is opened)"
@@ -81,48 +78,7 @@ class Store:
         can, space for all rows is reserved (`reserve`), so that a full disk is an error now. Raises `SpecError` and
         `StoreError`; in both cases nothing that was there before has changed.
         """
-        path, base = Path(path), Path()
-        if isinstance(spec, (str, Path)):
-            base = Path(spec).resolve().parent
-            where, spec = f"{spec}: ", Spec.load(spec)
-        else:
-            where, spec = "", spec if isinstance(spec, Spec) else Spec.from_json(spec)
-        try:
-            resolved = resolve(spec, base)
-        except SpecError as error:
-            raise SpecError(f"{where}{error}") from None
-        spec = resolved.spec
-        assert spec.num_models is not None
-        try:
-            text = json.dumps(spec.to_json(), indent=1, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise SpecError(f"{where}design: cannot be kept as JSON ({error})") from None
-        _refuse_existing(path, spec)
-        try:
-            there = path.exists()
-            path.mkdir(parents=True, exist_ok=True)
-            disk = PosixDisk(path, sync=sync)
-            with _initialising(path, spec, there=there, network=disk.network), contextlib.closing(disk):
-                for name, dtype, shape in _files(spec):
-                    head = _head(dtype, (spec.num_models, *shape))
-                    size = len(head) + spec.num_models * dtype.itemsize * int(np.prod(shape, dtype=object))
-                    try:
-                        disk.create(name, head, size, reserve=reserve)
-                    except StoreError as error:
-                        free = shutil.disk_usage(path).free
-                        raise StoreError(
-                            f"{error}; {name} needs {size:,} bytes, {free:,} are free in {path}"
-                        ) from error
-                for inside, content in resolved.files.items():
-                    disk.put(inside, content)
-                for folder in _FOLDERS:
-                    (path / folder).mkdir(exist_ok=True)
-                    disk.sync_folder(path / folder)
-                disk.put(f".{SPEC_FILE}.new", text.encode())
-                _publish(path / f".{SPEC_FILE}.new", path / SPEC_FILE)
-                disk.sync_folder(path)
-        except OSError as error:
-            raise StoreError(f"{path}: cannot make the store: {error.strerror or error}") from error
+        create(Path(path), spec, reserve=reserve, sync=sync)
         return cls.open(path, sync=sync)
 
     @classmethod
@@ -157,7 +113,7 @@ class Store:
         spec, design = resolved.spec, resolved.design
         assert spec.num_models is not None
         heads = {
-            name: _check_head(path / name, dtype, (spec.num_models, *shape)) for name, dtype, shape in _files(spec)
+            name: check_header(path / name, dtype, (spec.num_models, *shape)) for name, dtype, shape in arrays(spec)
         }
         disk = PosixDisk(path, sync=sync)
         store = cls(path, spec, design, Layout(disk, spec.schema, spec.num_models, heads), disk, time_to_live)
@@ -567,144 +523,3 @@ def _some(keys: Iterable[str], most: int = 5) -> str:
 
 def _twice(numbers: list[int]) -> int:
     return next(n for n, times in Counter(numbers).items() if times > 1)
-
-
-def _files(spec: Spec) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
-    """(name, dtype, row shape) of every array of a store."""
-    arrays: list[tuple[str, np.dtype[Any], tuple[int, ...]]] = [
-        (COMPLETED_FILE, np.dtype("?"), ()),
-        (ROWS_FILE, ROW_RECORD, ()),
-    ]
-    for key, field in spec.schema.items():
-        # The record first: an initialisation that was interrupted is cleared away by what stands in _keys.
-        arrays.append((commits.record_file(key), KEY_RECORD, ()))
-        arrays.append((commits.key_file(key), field.disk_dtype, field.disk_shape))
-    return arrays
-
-
-def _head(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The `.npy` header; numpy leaves room in it for `num_models` to grow."""
-    out = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        out, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    )
-    return out.getvalue()
-
-
-def _check_head(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    """Offset behind a file's header. `StoreError` unless it holds exactly an array of this dtype and shape."""
-    try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            found_shape, fortran, found_dtype = read(file)
-            head = file.tell()
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        raise StoreError(f"{path}: this file of the store is missing; restore it, or initialise a new store") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: not a .npy file ({error}); restore it, or initialise a new store") from None
-    if (found_shape, found_dtype, fortran) != (shape, dtype, False):
-        raise StoreError(
-            f"{path}: expected shape {list(shape)}, dtype {dtype} in C order as spec.json says, got "
-            f"{list(found_shape)}, {found_dtype}; one of the two was changed; restore it"
-        )
-    expected = head + dtype.itemsize * int(np.prod(shape, dtype=object))
-    if size < expected:
-        raise StoreError(f"{path}: expected {expected:,} bytes, got {size:,}: the file was cut short; restore it")
-    return int(head)
-
-
-def _refuse_existing(path: Path, spec: Spec) -> None:
-    if path.exists() and not path.is_dir():
-        raise StoreError(f"{path}: expected a folder, this is a file; choose another logdir")
-    if (path / SPEC_FILE).exists():
-        raise StoreError(f"{path}: there is a store already, nothing is changed; choose another logdir, or remove it")
-    if os.path.lexists(path / MARKER):
-        return  # an initialisation was interrupted: before spec.json there is no row to lose
-    for name, _, _ in _files(spec):
-        if os.path.lexists(path / name):
-            raise StoreError(
-                f"{path / name}: exists, and there is no spec.json, so it is not ours to overwrite; choose "
-                f"another logdir, or move it away"
-            )
-
-
-@contextlib.contextmanager
-def _initialising(path: Path, spec: Spec, *, there: bool, network: bool) -> Iterator[None]:
-    """Keeps a second initialisation of the folder out while this one makes its files, and leaves all or nothing.
-
-    The marker says that what looks like a store's files here is of an initialisation that did not end, and may go. It
-    names its process, because a network file system may not have locks that reach other hosts.
-    """
-    marker, me = path / MARKER, json.dumps(astuple(Process.current()))
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = not network
-        except BlockingIOError:
-            raise StoreError(f"{path}: another process is initialising this folder; nothing is changed") from None
-        except OSError:
-            locked = False
-        _refuse_existing(path, spec)
-        try:
-            os.symlink(me, marker)
-        except FileExistsError:
-            if not locked and _alive(marker) is not False:
-                raise StoreError(
-                    f"{path}: another process is initialising this folder, or was interrupted on another host; "
-                    f"nothing is changed; if none is, remove {marker}"
-                ) from None
-            os.unlink(marker)
-            os.symlink(me, marker)
-        folders = [name for name in ("_keys", "design", *_FOLDERS) if not (path / name).exists()]
-        try:
-            _refuse_existing(path, spec)
-            _clear(path)
-            yield
-        except BaseException:
-            if not (path / SPEC_FILE).exists():
-                _clear(path)
-                for name in folders:
-                    shutil.rmtree(path / name, ignore_errors=True)
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(marker)
-            if not there:
-                with contextlib.suppress(OSError):  # it holds something, if only what is right
-                    os.rmdir(path)
-    finally:
-        os.close(fd)
-
-
-def _alive(marker: Path) -> bool | None:
-    """Whether the process that an initialisation's marker names lives; None where this host cannot know."""
-    try:
-        return Process(*json.loads(os.readlink(marker))).alive()
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _clear(path: Path) -> None:
-    """Remove what an initialisation that did not end has made."""
-    for record in (path / "_keys").glob("*.npy"):
-        (path / record.name).unlink(missing_ok=True)
-        record.unlink(missing_ok=True)
-    for name in (COMPLETED_FILE, ROWS_FILE, f".{SPEC_FILE}.new"):
-        (path / name).unlink(missing_ok=True)
-    for half in (*path.glob(f"..{SPEC_FILE}.new.*.partial"), *(path / "design").glob(".*.npy.*.partial")):
-        half.unlink(missing_ok=True)
-
-
-def _publish(beside: Path, path: Path) -> None:
-    """Give a finished file its name, unless somebody else was first."""
-    try:
-        os.link(beside, path)
-    except FileExistsError:
-        raise StoreError(f"{path.parent}: there is a store already; another process initialised it") from None
-    except OSError:  # a file system without hard links
-        os.rename(beside, path)
-        return
-    os.unlink(beside)

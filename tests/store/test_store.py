@@ -21,6 +21,7 @@ from datamodels.store import __main__ as command
 from datamodels.store import commit as commits
 from datamodels.store import store as store_module
 from datamodels.store.check import verify
+from datamodels.store.create import MARKER
 from datamodels.store.disk import PosixDisk, filesystem
 from tests.needs import missing
 
@@ -424,7 +425,7 @@ def test_files_of_the_released_code_are_not_overwritten(tmp_path, name):
     for _ in range(2):  # the first refusal must not make the second one think that the file is ours
         with pytest.raises(StoreError, match=f"{name}: exists, and there is no spec.json"):
             Store.create(tmp_path, SPEC)
-        assert everything(tmp_path) == before and not os.path.lexists(tmp_path / store_module.MARKER)
+        assert everything(tmp_path) == before and not os.path.lexists(tmp_path / MARKER)
 
 
 def test_a_spec_that_is_refused_leaves_nothing(tmp_path):
@@ -493,7 +494,7 @@ def test_an_initialisation_that_was_killed_can_be_run_again(tmp_path):
 
 
 def test_a_marker_without_its_process_is_no_obstacle_here(tmp_path):
-    os.symlink('["elsewhere", "other boot", 1, "2"]', tmp_path / store_module.MARKER)
+    os.symlink('["elsewhere", "other boot", 1, "2"]', tmp_path / MARKER)
     with pytest.raises(StoreError, match="its initialisation did not finish; run it again"):
         Store.open(tmp_path)
     Store.create(tmp_path, SPEC).close()
@@ -501,7 +502,7 @@ def test_a_marker_without_its_process_is_no_obstacle_here(tmp_path):
 
 def test_on_a_network_file_system_another_hosts_marker_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr("datamodels.store.disk.filesystem", lambda path: "nfs4")
-    marker = tmp_path / store_module.MARKER
+    marker = tmp_path / MARKER
     os.symlink('["elsewhere", "other boot", 1, "2"]', marker)
     with pytest.raises(
         StoreError, match=f"or was interrupted on another host; nothing is changed; if none is, remove {marker}"
