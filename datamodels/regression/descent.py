@@ -25,7 +25,19 @@ import numpy as np
 SWEEPS = 20_000  # of one descent; a certificate tells when they did not suffice
 ROUNDS = 100  # of descent and check at one lambda
 NEAR = 1e-4  # the first tolerance of a refit; it falls until the gap is small enough
+NEVER = 1e300  # the threshold of a column that must not be chosen
 FREE = 0.01  # of it for unpenalised columns: the gap, which takes them as solved, does not see theirs
+
+
+def thresholds(norm: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    """thr (B, p) from n sd' (p,) and penalties (B, p); NEVER for constant columns."""
+    return np.where(norm > 0, penalty * norm, NEVER)
+
+
+def lambda_max(g: np.ndarray, thr: np.ndarray) -> float:
+    """The smallest lambda at which no penalised column is chosen; g (p,) with none of them chosen."""
+    shrunk = (thr > 0) & (thr < NEVER)
+    return float((np.abs(g[shrunk]) / thr[shrunk]).max(initial=0.0))
 
 
 def _compiled(function):  # type: ignore[no-untyped-def]
@@ -126,6 +138,18 @@ def _pack(M, W, m, count, H):  # type: ignore[no-untyped-def]
         into = H[i]
         for a in range(m, m + count):
             into[a] = H[a, i]
+
+
+@_compiled
+def _moved(W, w, start, m, which, by):  # type: ignore[no-untyped-def]
+    """The columns whose weight is no longer that of start, and by how much; how many. start follows."""
+    count = 0
+    for i in range(m):
+        if w[i] != start[i]:
+            which[count], by[count] = W[i], w[i] - start[i]
+            start[i] = w[i]
+            count += 1
+    return count
 
 
 @_compiled
@@ -234,12 +258,7 @@ def path(  # type: ignore[no-untyped-def]
             for i in range(m):
                 gl[i] = g[W[i]]
             descend(H, m, w, gl, own, mu_w, n, thr_w, norm_w, lam, tol)
-            count = 0
-            for i in range(m):
-                if w[i] != start[i]:
-                    which[count], by[count] = W[i], w[i] - start[i]
-                    start[i] = w[i]
-                    count += 1
+            count = _moved(W, w, start, m, which, by)
             move(M, diag, mu_g, n, which, by, count, g)
             slide(X_v, mu, which, by, count, r)
             bound = kind(lam * (1.0 + tol))
@@ -298,12 +317,7 @@ def refit(M, diag, mu, n, q, power, thr, norm, lam, W0, w0, tol, denominator, H)
     near, gap = NEAR, np.inf
     for _ in range(ROUNDS):
         descend(H, m, w, gl, own, mu_w, n, thr_w, norm_w, lam, near)
-        count = 0
-        for i in range(m):
-            if w[i] != start[i]:
-                which[count], by[count] = W[i], w[i] - start[i]
-                start[i] = w[i]
-                count += 1
+        count = _moved(W, w, start, m, which, by)
         move(M, diag, mu, n, which, by, count, g)
 
         size, r0r, rr, highest = 0.0, power, power, 1.0

@@ -21,7 +21,6 @@ from datamodels.regression.threads import each_chunk
 NAME = "gram"
 TARGETS = 64  # products with the columns are made for so many at a time
 PATH_TOL = 1e-3  # largest violation / lam on the path, which only chooses a lambda; the refit goes to options.tol
-NEVER = 1e300  # the threshold of a column that must not be chosen
 FAR = 0.5  # a coded mean beyond it leaves float32 too few digits for the path; so do columns that are not centred
 FLOAT32_END = 5e-4  # times lambda_max: what float32 rounds is no longer small beside a lambda below it
 FLOAT32_RANGE = 1e-25, 1e25  # of sums of outcomes
@@ -36,10 +35,6 @@ class Side:
     diag: np.ndarray
     mu: np.ndarray
     norm: np.ndarray
-
-    def thresholds(self, penalty: np.ndarray) -> np.ndarray:
-        """n v sd' (p,), and NEVER for constant columns."""
-        return np.where(self.norm > 0, penalty * self.norm, NEVER)
 
 
 def solve(
@@ -122,19 +117,20 @@ class Job:
         q_full -= np.outer(total[0] + total[1], full.mu)
         power, power_full = self.into.train.power[at] * train.n, self.into.full.power[at] * full.n
         power_val = (on_val**2).sum(axis=1)
-        penalty = problem.penalty_of(targets)
+        penalty = np.ascontiguousarray(problem.penalty_of(targets).T)
+        thr, thr_full = descent.thresholds(train.norm, penalty), descent.thresholds(full.norm, penalty)
         for b, t in enumerate(names):
             if self.stop.is_set():
                 return 0, 0
-            self._solve_target(
-                t, penalty[:, b], q[b], on_val[b], q_full[b], float(power[b]), float(power_val[b]), float(power_full[b])
-            )
+            powers = float(power[b]), float(power_val[b]), float(power_full[b])
+            self._solve_target(t, thr[b], thr_full[b], q[b], on_val[b], q_full[b], *powers)
         return len(names), int((self.into.path_nnz[:, at] >= 0).sum())
 
     def _solve_target(
         self,
         t: int,
-        penalty: np.ndarray,
+        thr: np.ndarray,
+        thr_full: np.ndarray,
         q: np.ndarray,
         r_val: np.ndarray,
         q_full: np.ndarray,
@@ -143,7 +139,6 @@ class Job:
         power_full: float,
     ) -> None:
         into, options, train, full = self.into, self.options, self.train, self.full
-        thr, thr_full = train.thresholds(penalty), full.thresholds(penalty)
         near = self.use_bias and train.gram.dtype != np.float64 and np.abs(train.mu).max() <= FAR
         near = near and FLOAT32_RANGE[0] < np.abs(q).max() < FLOAT32_RANGE[1]
         start = unpenalised(train, thr, q)
@@ -172,10 +167,10 @@ class Job:
             lam = float(np.float32(grid[best]))
             into.r2_train[t] = 1 - max(rr, 0.0) / power
             into.r2_val[t] = 1 - errors[best] / power_val if power_val > 0 else np.nan
-            more = np.setdiff1d(active, W)
-            W, w = np.concatenate([W, more]), np.concatenate([w, np.zeros(len(more))])
-            order = np.argsort(W)
-            W, w = W[order], w[order]
+            start_w = np.zeros(len(thr))
+            start_w[W] = w
+            W = np.union1d(W, active)
+            w = start_w[W]
         into.lam[t] = lam
         if lam == 0 and not len(W):
             return
@@ -221,5 +216,4 @@ def lambda_max(side: Side, thr: np.ndarray, q: np.ndarray, free: np.ndarray, w: 
     g = q.copy()
     if len(free):
         descent.move(side.gram, side.diag, side.mu, float(side.n), free, w, len(free), g)
-    shrunk = (thr > 0) & (thr < NEVER)
-    return float((np.abs(g[shrunk]) / thr[shrunk]).max(initial=0.0))
+    return descent.lambda_max(g, thr)

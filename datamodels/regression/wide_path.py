@@ -25,7 +25,6 @@ TARGETS = 64  # a chunk
 PATH_TOL = 1e-3  # largest violation / lam on the path, which only chooses a lambda; the refit goes to options.tol
 PATH_LIMBS = 3  # digits of a residual whose product with the columns only screens
 ROUNDS = 100  # of descent and check at one lambda
-NEVER = 1e300  # the threshold of a column that must not be chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +206,7 @@ def _solve_chunk(
     at = np.arange(*targets.indices(problem.y.shape[1]))
     for part, scale in ((train, into.train), (full, into.full)):
         scale.take(at, y[:, : part.n], use_bias)
-    penalty = problem.penalty_of(targets).T
+    penalty = np.ascontiguousarray(problem.penalty_of(targets).T)
     kind: type = np.int16 if len(columns.x) <= np.iinfo(np.int16).max else np.float32
     if not columns.bits.size:
         kind = np.float64
@@ -215,10 +214,10 @@ def _solve_chunk(
     def begin(part: Part, scale: Scale) -> list[Target]:
         """Every target at the least-squares fit of its unpenalised columns, with its gradient."""
         begun = []
+        thr = descent.thresholds(part.norm, penalty)
         for b, t in enumerate(at):
-            thr = np.where(part.norm > 0, penalty[b] * part.norm, NEVER)
-            target = Target(columns, part, thr, y[b] - scale.y_mean[t], kind)
-            free = np.flatnonzero(thr == 0)
+            target = Target(columns, part, thr[b], y[b] - scale.y_mean[t], kind)
+            free = np.flatnonzero(thr[b] == 0)
             if len(free):
                 z = columns.coded[free, : part.n].T - part.mu[free]
                 size = np.sqrt((z**2).sum(axis=0))
@@ -236,7 +235,7 @@ def _solve_chunk(
     best_error = np.full(len(at), np.inf)
     for b, t in enumerate(at):
         point = points[b]
-        top = 0.0 if into.train.constant[t] else _lambda_max(point)
+        top = 0.0 if into.train.constant[t] else descent.lambda_max(point.g, point.thr)
         if top == 0:
             continue
         grids[b] = options.grid(top)
@@ -282,7 +281,7 @@ def _solve_chunk(
             into.lam[t] = np.float32(grids[b][into.best[t]])
             into.r2_val[t] = 1 - best_error[b] / r2_scale[b] if r2_scale[b] > 0 else np.nan
         else:  # nothing to select: the lambda_max of all rows selects nothing either
-            into.lam[t] = 0.0 if into.full.constant[t] else float32_at_least(_lambda_max(target))
+            into.lam[t] = 0.0 if into.full.constant[t] else float32_at_least(descent.lambda_max(target.g, target.thr))
         left, power = (target.r**2).sum(), into.full.power[t] * full.n
         if b in grids:
             W, w = best[b]
@@ -355,18 +354,12 @@ def _refit(
 
 def _gap(point: Target, lam: float) -> float:
     """The duality gap, times n."""
-    r, shrunk = point.r, (point.thr > 0) & (point.thr < NEVER)
+    r, shrunk = point.r, (point.thr > 0) & (point.thr < descent.NEVER)
     over = np.abs(point.g[shrunk]) / (lam * point.thr[shrunk]) if lam > 0 else np.full(int(shrunk.any()), np.inf)
     s = 1 / max(1.0, over.max(initial=0.0))
     rr = float(r @ r)
     r0r = rr + float(point.w @ point.g[point.W])
     return rr / 2 + lam * float(point.thr_w @ np.abs(point.w)) - s * r0r + s * s * rr / 2
-
-
-def _lambda_max(point: Target) -> float:
-    """The smallest lambda at which no penalised column is chosen."""
-    shrunk = (point.thr > 0) & (point.thr < NEVER)
-    return float((np.abs(point.g[shrunk]) / point.thr[shrunk]).max(initial=0.0))
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
