@@ -144,33 +144,33 @@ class Job:
         start = unpenalised(train, thr, q)
         start_full = unpenalised(full, thr_full, q_full)
         top = 0.0 if into.train.constant[t] else lambda_max(train, thr, q, *start)
-        if top == 0:  # nothing to select: the lambda_max of all rows selects nothing either
-            W, w = start_full
-            lam = 0.0 if into.full.constant[t] else float(float32_at_least(lambda_max(full, thr_full, q_full, W, w)))
-        else:
-            grid = options.grid(top)
-            n_val = full.n - train.n
+        W, w, lam = *start_full, 0.0
+        if not into.train.constant[t]:
+            grid = options.grid(top) if top > 0 else np.zeros(1)
             short = grid[grid >= FLOAT32_END * top]
             for kind, some in ((np.float32, short), (np.float64, grid))[0 if near else 1 :]:
                 errors, nnz = np.full(len(grid), np.nan), np.full(len(grid), -1, dtype=np.int64)
-                best, turned, rr, W, w, active, self.room.H = descent.path(
+                best, turned, rr, chosen, chosen_w, active, self.room.H = descent.path(
                     train.gram, train.diag, train.mu, float(train.n), q, power, self.columns.x_val, r_val, thr,
                     train.norm, train.mu.astype(kind), start[0], start[1], some, options.patience, PATH_TOL,
                     self.packed(), errors, nnz,
                 )  # fmt: skip
                 if turned or len(some) == len(grid):
                     break
-            seen = nnz >= 0
-            into.path_lam[seen, t], into.path_mse[seen, t] = grid[seen], errors[seen] / n_val
+            into.r2_train[t] = 1 - max(rr, 0.0) / power
+            into.r2_val[t] = 1 - errors[best] / power_val if power_val > 0 else np.nan
+        if top > 0:
+            seen = np.flatnonzero(nnz >= 0)
+            into.path_lam[seen, t], into.path_mse[seen, t] = grid[seen], errors[seen] / (full.n - train.n)
             into.path_nnz[seen, t] = nnz[seen]
             into.best[t], into.turned[t] = best, turned
             lam = float(np.float32(grid[best]))
-            into.r2_train[t] = 1 - max(rr, 0.0) / power
-            into.r2_val[t] = 1 - errors[best] / power_val if power_val > 0 else np.nan
-            start_w = np.zeros(len(thr))
-            start_w[W] = w
-            W = np.union1d(W, active)
-            w = start_w[W]
+            weight = np.zeros(len(thr))
+            weight[chosen] = chosen_w
+            W = np.union1d(chosen, active)
+            w = weight[W]
+        elif not into.full.constant[t]:  # nothing to select: the lambda_max of all rows selects nothing either
+            lam = float(float32_at_least(lambda_max(full, thr_full, q_full, W, w)))
         into.lam[t] = lam
         if lam == 0 and not len(W):
             return

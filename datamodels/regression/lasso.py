@@ -366,7 +366,7 @@ def _warn(problem: Problem, options: PathOptions, found: Solution, gap: np.ndarr
         train.constant & ~full.constant,
         "targets constant on the training rows, weight 0 and the mean as bias",
     )
-    path = ~train.constant
+    path = found.path_lam[0] > 0
     tell(path & (found.best == 0), "validation is best at the start of the path, where no column is selected")
     tell(
         path & (found.best == options.k - 1) & (options.k > 1),

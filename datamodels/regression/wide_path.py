@@ -235,14 +235,16 @@ def _solve_chunk(
     best_error = np.full(len(at), np.inf)
     for b, t in enumerate(at):
         point = points[b]
-        top = 0.0 if into.train.constant[t] else descent.lambda_max(point.g, point.thr)
+        if into.train.constant[t]:
+            continue
+        best_error[b] = (point.r[train.n :] ** 2).sum()
+        into.r2_train[t] = 1 - (point.r[: train.n] ** 2).mean() / into.train.power[t]
+        top = descent.lambda_max(point.g, point.thr)
         if top == 0:
             continue
         grids[b] = options.grid(top)
         going.append(b)
         best[b] = then[b] = point.support
-        best_error[b] = (point.r[train.n :] ** 2).sum()
-        into.r2_train[t] = 1 - (point.r[: train.n] ** 2).mean() / into.train.power[t]
         n_val = full.n - train.n
         into.path_lam[0, t], into.path_mse[0, t], into.path_nnz[0, t] = top, best_error[b] / n_val, len(best[b][0])
 
@@ -277,9 +279,10 @@ def _solve_chunk(
     todo, lams, denominator = [], [], []
     for b, t in enumerate(at):
         target = ends[b]
+        if not into.train.constant[t] and r2_scale[b] > 0:
+            into.r2_val[t] = 1 - best_error[b] / r2_scale[b]
         if b in grids:
             into.lam[t] = np.float32(grids[b][into.best[t]])
-            into.r2_val[t] = 1 - best_error[b] / r2_scale[b] if r2_scale[b] > 0 else np.nan
         else:  # nothing to select: the lambda_max of all rows selects nothing either
             into.lam[t] = 0.0 if into.full.constant[t] else float32_at_least(descent.lambda_max(target.g, target.thr))
         left, power = (target.r**2).sum(), into.full.power[t] * full.n

@@ -110,12 +110,20 @@ def test_the_tolerance_is_met_with_correlated_unpenalised_columns(use_bias):
 
 def test_nothing_is_shrunk():
     x, y = simulate()
-    model = quiet_fit(make_problem(x, y, penalty=np.zeros(30)))
+    problem = make_problem(x, y, penalty=np.zeros(30))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegressionWarning)
+        model = fit(problem)
     exact = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)[0]
     np.testing.assert_allclose(model.weight, exact[:-1], atol=1e-3)
     np.testing.assert_allclose(model.bias, exact[-1], atol=1e-3)
     assert (model.lam == 0).all()
     assert model.gap.max() <= 1e-5
+    design = np.column_stack([x, np.ones(len(x))])
+    for rows, found in ((problem.train, model.r2_train), (problem.val, model.r2_val)):
+        solved = np.linalg.lstsq(design[problem.train], y[problem.train], rcond=None)[0]
+        left, around = y[rows] - design[rows] @ solved, y[rows] - y[problem.train].mean(axis=0)
+        np.testing.assert_allclose(found, 1 - (left**2).sum(axis=0) / (around**2).sum(axis=0), atol=1e-6)
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
