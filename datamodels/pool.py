@@ -11,33 +11,51 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
-from tqdm import tqdm
 
 from datamodels import cli
 from datamodels.cli import Option
 from datamodels.errors import ConfigError
-from datamodels.executors.base import Executor, Exit
+from datamodels.executors import gpus, slurm
+from datamodels.executors.base import Executor
 from datamodels.executors.local import LocalExecutor, cores
-from datamodels.store import Status, Store
-from datamodels.store import commit as commits
+from datamodels.executors.share import HOPELESS, Judge, Share
+from datamodels.executors.slurm import SlurmExecutor
+from datamodels.executors.watch import Watch, failures, undone
+from datamodels.row_filter import select
+from datamodels.store import Store
 from datamodels.worker import GAVE_UP, POOL_VARIABLE
 from datamodels.worker import SECTIONS as WORKER
 
 _ONE_ROW = ("index", "do_if_complete", "dry_run", "smoke")  # options of the worker that make no sense for many
+_NOT_HERE = {
+    **dict.fromkeys(_ONE_ROW, "a pool runs all rows; use python -m datamodels.worker for one"),
+    "rows": "the pool must know them too; say --pool.rows",
+}
 SECTIONS = {
     "pool": {
-        "workers": Option(int, "copies of the worker; 0 means one per core", default=0, min=0),
-        "executor": Option(str, "where the workers run", default="local", choices=("local",)),
+        "workers": Option(int, "copies of the worker; 0 means one per core, or per GPU", default=0, min=0),
+        "executor": Option(str, "where the workers run", default="local", choices=("local", "slurm")),
+        "rows": Option(list, "only rows like these: lr=0.1,depth>=3,backbone=vit_s|vit_b,0-99"),
+        "gpus": Option(str, "GPUs to share out among local workers: auto for all, or 0,1"),
+        "gpus_per_worker": Option(float, "GPUs of each worker; 0.5: two workers share one", default=1.0, min=0.01),
+        "template": Option(str, 'batch script of yours for SLURM, ending in: exec python -m datamodels.worker "$@"'),
+        "submit": Option(bool, "false: write SLURM's batch script and print where it is", default=True),
     },
-    "worker": {
-        name: option
-        for name, option in WORKER["worker"].items()
-        if name not in _ONE_ROW
+    "pool.slurm": {
+        "partition": Option(str, "where SLURM puts the workers"),
+        "time": Option(str, "limit of each worker, as in 8:00:00; rows in hand are given back and go on in the next"),
+        "nodes": Option(int, "nodes of each worker", min=1),
+        "gpus": Option(str, "GPUs of each worker, as in 1 or a100:2"),
+        "cpus": Option(int, "cores of each worker", min=1),
+        "memory": Option(str, "memory of each worker, as in 16G"),
+        "account": Option(str, "who pays"),
+        "job_name": Option(str, "name in the queue"),
+        "extra": Option(str, "more options of sbatch, as in '--qos=high --exclude=n1,n2'"),
     },
+    "worker": {name: option for name, option in WORKER["worker"].items() if name not in _NOT_HERE},
 }
 _STOP_SECONDS = 4.0
 _BARREN_LIMIT = 5
-_HOPELESS = 20
 
 
 class Interrupted(Exception):
@@ -51,7 +69,7 @@ def _say(text: str) -> None:
 
 
 def run_pool(
-    store: Store, executor: Executor, workers: int, *, say: Callable[[str], None] = _say, progress: bool = True
+    share: Share, executor: Executor, workers: int, *, say: Callable[[str], None] = _say, progress: bool = True
 ) -> int:
     """Start `workers` copies, restart those that die, until no row is left; the exit code.
 
@@ -64,243 +82,81 @@ def run_pool(
             signal.signal(stop, signal.SIG_IGN)
         raise Interrupted(number)
 
-    watch = Watch(store, progress)
+    watch = Watch(share, progress)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for stop in before:
             signal.signal(stop, interrupt)
-        barren, judge = 0, Judge(store)
-        for number in range(workers):
-            executor.start(number)
-        while executor.running():
+        barren, judge = 0, Judge(share)
+        executor.start(range(workers))
+        if hello := executor.hello():
+            watch.write(hello)
+        while executor.running() or executor.waiting():
             time.sleep(0.2)
-            if judge.hopeless(executor.running(), watch.look()):
-                _stop(executor, store)
+            done = watch.look(executor.waiting())
+            if done == share.count:
+                executor.withdraw()
+            if judge.hopeless(executor.running(), done):
+                _stop(executor, share)
                 watch.close()
                 say(
-                    f"stopped: every worker fails, {_HOPELESS} rows or more, and none was finished; try one "
+                    f"stopped: every worker fails, {HOPELESS} rows or more, and none was finished; try one "
                     f"with --worker.smoke before you run them all"
                 )
-                return _report(store, say)
+                return _report(share, say)
             for end in executor.ended():
-                if end.code in (0, GAVE_UP) and (executor.running() or not _left_behind(store)):
+                if end.wanted or (end.code in (0, GAVE_UP) and not share.free()):
                     continue
                 if end.code == 2 and judge.begun():
                     watch.write(
                         f"worker {end.number} cannot start any more, was a file changed? It is left out; start the "
-                        f"pool again to have it back:\n{_last_words(end)}"
+                        f"pool again to have it back:\n{end.last_words()}"
                     )
                     continue
                 if end.code == 2:
-                    _stop(executor, store)
+                    _stop(executor, share)
                     watch.close()
                     say(end.words)
                     return 2
                 barren = 0 if judge.moved() else barren + 1
                 if barren >= _BARREN_LIMIT:
-                    _stop(executor, store)
+                    _stop(executor, share)
                     watch.close()
                     say(
-                        f"{barren} workers in a row died before any row was finished; the last one {_cause(end)}:\n"
-                        f"{_last_words(end)}"
+                        f"{barren} workers in a row died before any row was finished; the last one {end.cause()}:\n"
+                        f"{end.last_words()}"
                     )
-                    return _report(store, say)
-                watch.write(f"worker {end.number} {_cause(end)}; starting it again (it prints to {end.log})")
-                executor.start(end.number)
+                    return _report(share, say)
+                watch.write(f"worker {end.number} {end.cause()}; starting it again (it prints to {end.log})")
+                executor.start([end.number])
         watch.close()
-        return _report(store, say)
+        return _report(share, say)
     except Interrupted as interrupted:
-        _stop(executor, store)
+        _stop(executor, share)
         watch.close()
-        status = store.status(failures=3)
-        safe = f"stopped: {status.completed} of {status.num_models} rows are complete and safe"
-        say("\n".join([f"{safe}; run the same command again to go on", *_failures(status)]))
+        status = share.status(3)
+        safe = f"stopped: {status.completed} of {status.num_models} rows{share.kind} are complete and safe"
+        say("\n".join([f"{safe}; run the same command again to go on", *failures(status)]))
         return 128 + interrupted.number
     finally:
-        executor.stop(0)
+        executor.close()
         for stop, handler in before.items():
             signal.signal(stop, handler)
 
 
-def _stop(executor: Executor, store: Store) -> None:
+def _stop(executor: Executor, share: Share) -> None:
     """Stop every worker. What the pool itself had to kill says nothing against its rows, so they are uncounted."""
-    held = store.held()  # not those of workers that died by themselves
-    if not executor.stop(_STOP_SECONDS):
-        return
-    records = store.layout.row_records()
-    for row in sorted(held):
-        if records["state"][row] == commits.RUNNING and store.run.take(row):  # nobody alive holds it
-            store.give_back(row, int(records["attempts"][row]))
-            store.run.release(row, done=False)
+    held = share.store.held()  # not those of workers that died by themselves
+    if executor.stop(_STOP_SECONDS):
+        share.give_back(held)
 
 
-def _cause(end: Exit) -> str:
-    if end.code >= 0:
-        return f"ended with code {end.code} after {end.seconds:.0f} s"
-    hint = " (out of memory, or past --worker.job_timeout)" if end.code == -signal.SIGKILL else ""
-    return f"was killed by {signal.Signals(-end.code).name}{hint} after {end.seconds:.0f} s"
-
-
-def _last_words(end: Exit) -> str:
-    return "\n".join(end.words.splitlines()[-15:])
-
-
-def _report(store: Store, say: Callable[[str], None]) -> int:
-    status = store.status(failures=10)
+def _report(share: Share, say: Callable[[str], None]) -> int:
+    status = share.status(10)
     if status.completed == status.num_models:
         return 0
-    say(undone(store, status))
+    say(undone(share, status))
     return 1
-
-
-def undone(store: Store, status: Status) -> str:
-    """What is left of a store that should be full, and what to do about it."""
-    lines = [
-        f"{status.completed} of {status.num_models} rows are complete; {status.failed} failed, {status.running} "
-        f"held by other workers, {status.pending} not done"
-    ]
-    lines += _failures(status)
-    if status.failures:
-        lines.append(
-            f"tracebacks: {store.path}/workers/<row>/attempt-*.json; when the cause is gone, "
-            f"--worker.index=<row> runs a row again, or a larger --worker.retries all of them"
-        )
-    return "\n".join(lines)
-
-
-def _failures(status: Status) -> list[str]:
-    lines = [
-        f"  row {f.row}: {f.attempts} attempt{'s' * (f.attempts != 1)}, {f.error or 'no traceback'}"
-        for f in status.failures
-    ]
-    if status.failed > len(status.failures):
-        lines.append(f"  … and {status.failed - len(status.failures)} more that failed")
-    return lines
-
-
-def _left_behind(store: Store) -> bool:
-    """Whether a row is free to be claimed after a worker said that none is: main ended its process with that code."""
-    open_rows = ~store.completed() & (store.layout.row_records()["state"] != commits.FAILED)
-    for row in map(int, np.flatnonzero(open_rows)):
-        if store.run.take(row):
-            store.run.release(row, done=False)
-            return True
-    return False
-
-
-class Judge:
-    """Whether starting dead workers again leads anywhere."""
-
-    def __init__(self, store: Store):
-        self._store = store
-        self._completed, self._attempts, _ = self._count()
-        self._began, self._began_with = time.time(), self._completed
-        self._next, self._doubts = time.monotonic(), 0
-
-    def hopeless(self, workers: int, completed: int) -> bool:
-        """Whether, since the pool began, every worker has failed rows, many in all, and none was finished.
-
-        `completed`: how many rows of the store are complete now. A row that has been in hand for longer than any took
-        to fail may well be finished: rows of one kind stand together, and those that are no good are often the first to
-        end. Asked twice, for what fails in less than a second costs little.
-        """
-        if time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + 1
-        if completed > self._began_with:
-            self._next = float("inf")  # never again
-            return False
-        records = self._store.layout.row_records()
-        failed = records[(records["state"] == commits.FAILED) & (records["finished"] >= self._began)]
-        if len(failed) < _HOPELESS or len(np.unique(failed["run"])) < workers:
-            return False
-        longest = float((failed["finished"] - failed["started"]).max())
-        held = records[self._store.held()]
-        lasting = time.time() - held["started"][held["state"] == commits.RUNNING]
-        self._doubts = 0 if bool((lasting > longest).any()) else self._doubts + 1
-        return self._doubts > 1
-
-    def begun(self) -> bool:
-        """Whether a row has been begun since the pool was: then its workers could be configured."""
-        return bool((self._store.layout.row_records()["started"] >= self._began).any())
-
-    def _count(self) -> tuple[int, int, bool]:
-        completed, attempts = self._store.completed(), self._store.layout.row_records()["attempts"]
-        return int(completed.sum()), int(attempts.sum()), bool((attempts[~completed] == 0).any())
-
-    def moved(self) -> bool:
-        """Whether, since this was last asked, rows were finished; or, where each has been tried, tried again.
-
-        Retries are counted and come to an end by themselves; but a main that has finished nothing yet, or a worker that
-        dies before it claims a row, is not going to get better.
-        """
-        completed, attempts, untried = self._count()
-        moved = completed != self._completed or (not untried and attempts != self._attempts)
-        self._completed, self._attempts = completed, attempts
-        return moved
-
-
-class Watch:
-    """One progress bar for the store; off a terminal, a line every fifteen seconds."""
-
-    def __init__(self, store: Store, progress: bool):
-        self._store = store
-        self._done = int(store.completed().sum())
-        terminal = sys.stderr.isatty()
-        self._lines = progress and not terminal
-        self._started, self._first, self._next = time.monotonic(), self._done, time.monotonic() + 15
-        self._failed_at, self._failed = 0.0, store.status(failures=0).failed
-        # tqdm shows nothing on a terminal that does not know its size, as under `docker run -t`.
-        sized = terminal and all(os.get_terminal_size(sys.stderr.fileno()))
-        self._bar = tqdm(
-            total=store.num_models,
-            initial=self._done,
-            unit="row",
-            smoothing=0.1,
-            disable=not (progress and terminal),
-            **({"dynamic_ncols": True} if sized else {"ncols": 80, "nrows": 24}),
-        )
-
-    def look(self) -> int:
-        """Show what has changed; how many rows are complete."""
-        now = time.monotonic()
-        done = int(self._store.completed().sum())
-        if done != self._done:
-            self._bar.update(done - self._done)
-            self._done = done
-        if now - self._failed_at > 2:
-            self._failed_at = now
-            status = self._store.status(failures=0)
-            if status.failed and not self._failed:  # the first one is news; later ones are counted
-                status = self._store.status(failures=1)
-                for line in _failures(status)[:1]:
-                    self.write(f"{line.strip()}; see {self._store.path}/workers/{status.failures[0].row}")
-            self._failed = status.failed
-            if status.failed:
-                self._bar.set_postfix_str(f"{status.failed} failed")
-        if self._lines and now > self._next:
-            self._next = now + 15
-            self._line(now)
-        return done
-
-    def _line(self, now: float) -> None:
-        rate = (self._done - self._first) / max(now - self._started, 1e-9)
-        left = f", {(self._store.num_models - self._done) / rate:.0f} s left" if rate else ""
-        failed = f", {self._failed} failed" if self._failed else ""
-        line = f"{self._done}/{self._store.num_models} rows, {rate:.1f} rows/s{left}{failed}"
-        print(line, file=sys.stderr, flush=True)
-
-    def write(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-
-    def close(self) -> None:
-        done = int(self._store.completed().sum())
-        self._bar.update(done - self._done)
-        self._done = done
-        self._bar.close()
-        if self._lines and done > self._first:
-            self._line(time.monotonic())
-        self._lines = False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -315,34 +171,89 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for key, where in args.unknown:
         _refuse(key, where)
-    for name in _ONE_ROW:
+    for name in _NOT_HERE:
         for variable in (f"worker.{name}", cli.environment_name(f"worker.{name}")):
             if variable in os.environ:
                 _refuse(f"worker.{name}", f"environment variable {variable}")
-    workers = args["pool.workers"] or cores()
+    _refuse_other_engines(args)
     with Store.open(args["worker.logdir"]) as store:
-        if bool(store.completed().all()):
-            print(f"all {store.num_models} rows are complete")
+        rows: np.ndarray | None = None
+        if args.given("pool.rows"):
+            rows = select(store.design, args["pool.rows"], where=f"--pool.rows ({args.where('pool.rows')})")
+        share = Share(store, rows)
+        full = f"all {share.count} rows{share.kind} are complete"
+        if bool(share.completed().all()):
+            print(full)
             return 0
-        command = [sys.executable, "-m", "datamodels.worker", *_for_worker(args)]
-        executor = LocalExecutor(
-            command,
-            workers=workers,
-            logs=Path(store.path) / "runs" / f"pool-{os.getpid()}",
-            environment={POOL_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
-        )
-        code = run_pool(store, executor, workers)
+        logs = Path(store.path) / "runs" / f"pool-{os.getpid()}"
+        if args["pool.executor"] == "slurm":
+            workers = args["pool.workers"]
+            executor: Executor | None = _slurm(args, workers, logs)
+        else:
+            workers, executor = _local(args, logs)
+        if executor is None:
+            return 0
+        code = run_pool(share, executor, workers)
         if code == 0:
-            print(f"all {store.num_models} rows are complete")
+            print(full)
         return code
+
+
+def _local(args: cli.Arguments, logs: Path) -> tuple[int, LocalExecutor]:
+    workers, visible = args["pool.workers"] or cores(), []
+    if args.given("pool.gpus"):
+        names, each = gpus.devices(args["pool.gpus"], os.environ), args["pool.gpus_per_worker"]
+        workers = args["pool.workers"] or max(1, gpus.capacity(len(names), each))
+        visible = gpus.shares(names, workers, each)
+    return workers, LocalExecutor(
+        [sys.executable, "-m", "datamodels.worker", *_for_worker(args)],
+        workers=workers,
+        logs=logs,
+        environment={POOL_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+        gpus=visible,
+    )
+
+
+def _slurm(args: cli.Arguments, workers: int, logs: Path) -> SlurmExecutor | None:
+    """The executor, or None where the script was only to be written."""
+    if workers == 0:
+        raise ConfigError("--pool.workers: SLURM must be told how many; each is one task of an array")
+    template = None
+    if args.given("pool.template"):
+        try:
+            template = Path(args["pool.template"]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--pool.template ({args.where('pool.template')}): cannot be read: {error}") from None
+    resources = slurm.Resources(**args.section("pool.slurm"))
+    executor = SlurmExecutor(slurm.script(_for_worker(args), workers, logs, resources, template), logs)
+    if args["pool.submit"]:
+        return executor
+    print(executor.script)
+    _say(f"written, not submitted; {workers} workers start with: sbatch {executor.script}")
+    return None
 
 
 def _refuse(key: str, where: str) -> None:
     section, _, name = key.partition(".")
-    if section == "worker" and name in _ONE_ROW:
-        raise ConfigError(f"{key} ({where}): a pool runs all rows; use python -m datamodels.worker for one")
+    if section == "worker" and name in _NOT_HERE:
+        raise ConfigError(f"{key} ({where}): {_NOT_HERE[name]}")
     if section == "pool":
-        raise ConfigError(cli.unknown_message(key, where, [f"pool.{option}" for option in SECTIONS["pool"]]))
+        known = [f"{name}.{option}" for name in ("pool", "pool.slurm") for option in SECTIONS[name]]
+        raise ConfigError(cli.unknown_message(key, where, known))
+
+
+def _refuse_other_engines(args: cli.Arguments) -> None:
+    """Options of an engine that was not asked for; one file may hold those of several where the engine is named."""
+    engine = args["pool.executor"]
+    foreign = {
+        "slurm": ["pool.gpus"],
+        "local": ["pool.template", "pool.submit", *(f"pool.slurm.{name}" for name in SECTIONS["pool.slurm"])],
+    }[engine]
+    for key in foreign:
+        if args.given(key) and not args.given("pool.executor"):
+            raise ConfigError(f"--{key} ({args.where(key)}): is for SLURM; say --pool.executor=slurm (or local)")
+    if engine == "slurm" and args.given("pool.gpus"):
+        raise ConfigError("--pool.gpus: is for workers of this machine; SLURM gives its own: --pool.slurm.gpus=1")
 
 
 def _for_worker(args: cli.Arguments) -> list[str]:
@@ -352,6 +263,8 @@ def _for_worker(args: cli.Arguments) -> list[str]:
         for name, value in args.section("worker").items()
         if args.given(f"worker.{name}") and value is not None
     ]
+    if args.given("pool.rows"):
+        options.append(f"--worker.rows={','.join(args['pool.rows'])}")
     return [*options, *args.rest]
 
 

@@ -2,7 +2,8 @@
 
 Exit codes: 0 when every row that it could claim is done; 1 when the row of --worker.index failed, or the store did; 2
 for a mistake in the configuration or an import that fails; 3 when rows are left that failed too often; 130 and 143
-when it was stopped.
+when it was stopped. SIGUSR1, which SLURM sends before a time limit, ends it with 0 after the row in hand; under SLURM
+SIGTERM does so at once, and the row is given back.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ from datamodels import cli
 from datamodels.cli import Option
 from datamodels.design import RESERVED, Assignment, check_index
 from datamodels.errors import ClaimLost, ConfigError, DatamodelsError, RowError, StoreError
+from datamodels.row_filter import select
 from datamodels.store import Store
 from datamodels.store import commit as commits
 
 POOL_VARIABLE = "DATAMODELS_POOL_PID"
 GAVE_UP = 3
-_STOPS = (signal.SIGTERM, signal.SIGINT)
+_STOPS, _LAST_ROW = (signal.SIGTERM, signal.SIGINT), signal.SIGUSR1
 _AHEAD = 256  # rows looked at together where others have been
 _GRACE = 3.0  # seconds between asking main to stop and killing the process
 
@@ -57,6 +59,7 @@ SECTIONS = {
             required=True,
         ),
         "index": Option(int, "run this row and no other; without it, claim pending rows until none is left", min=0),
+        "rows": Option(list, "only rows like these: lr=0.1,depth>=3,backbone=vit_s|vit_b,0-99"),
         "batch": Option(int, "rows per call of main_many()", default=1, min=1),
         "retries": Option(int, "how often a row that failed, or whose process died, is tried again", default=2, min=0),
         "job_timeout": Option(int, "seconds after which a call of main is ended and its rows count as failed", min=1),
@@ -274,15 +277,18 @@ class Worker:
         batch: int = 1,
         retries: int = 2,
         job_timeout: int | None = None,
+        rows: np.ndarray | None = None,
     ):
         self.store, self.main, self.main_many = store, main, main_many
         self.batch, self.retries = batch, retries
+        self._mine = np.ones(store.num_models, bool) if rows is None else rows  # those that it may run, bool (rows,)
         self._limit = retries  # a row whose attempts are more is not tried again
         self.tally = Tally()
         self._attempts: dict[int, int] = {}  # rows claimed now -> number of this attempt
         self._deadline = Deadline(store, job_timeout)
         self._interruptible = True
         self._stop: int | None = None  # the signal that asked this process to end
+        self._last = False  # asked to end after the rows in hand
         self._pid = os.getpid()
 
     # ------------------------------------------------------------- which rows
@@ -300,13 +306,13 @@ class Worker:
                     bar(self.tally.committed - before)
                     moved = True
             # What others failed, gave back or left behind meanwhile is found by another look.
-            if not moved and not self._wait([*fresh, *again]):
+            if self._last or (not moved and not self._wait([*fresh, *again])):
                 return
 
     def _pending(self) -> tuple[list[int], list[int]]:
         """Incomplete rows never tried, and those tried but not too often; from a place of this worker's own onwards."""
         completed, records = self.store.completed(), self.store.layout.row_records()
-        rows = np.flatnonzero(~completed & ~self._spent(records))
+        rows = np.flatnonzero(self._mine & ~completed & ~self._spent(records))
         offset = int(self.store.run.id[-8:], 16) % self.store.num_models
         rows = np.roll(rows, -int(np.searchsorted(rows, offset)))
         tried = records["attempts"][rows] > 0
@@ -318,11 +324,11 @@ class Worker:
 
     def given_up(self) -> int:
         """How many rows are incomplete and will not be tried again, whoever failed them."""
-        return int((~self.store.completed() & self._spent(self.store.layout.row_records())).sum())
+        return int((self._mine & ~self.store.completed() & self._spent(self.store.layout.row_records())).sum())
 
     def _claim_some(self, queue: deque[int], size: int) -> list[int]:
         rows: list[int] = []
-        while queue and len(rows) < size:
+        while queue and len(rows) < size and not self._last:
             some = sorted(queue.popleft() for _ in range(min(len(queue), size - len(rows))))
             done = self.store.layout.completed(some)  # by another worker; far cheaper to see before claiming
             rows += self._claim([row for row, flag in zip(some, done, strict=True) if not flag])
@@ -384,7 +390,7 @@ class Worker:
         row = check_index(row, self.store.num_models)
         replace = do_if_complete and bool(self.store.layout.completed([row])[0])
         tried = 0
-        while not self.tally.committed and not self.tally.given_up:
+        while not self.tally.committed and not self.tally.given_up and not self._last:
             if not self._claim([row], anew=tried == 0, complete_too=do_if_complete):
                 if self.store.layout.completed([row])[0]:
                     print(f"row {row}: already complete, nothing to do (--worker.do_if_complete runs it again)")
@@ -608,14 +614,26 @@ class Worker:
 
     # ------------------------------------------------------------------ signals
 
+    def _in_child(self, number: int) -> bool:
+        if os.getpid() == self._pid:
+            return False
+        signal.signal(number, signal.SIG_DFL)  # a process that main forked ends as if we had never been there
+        os.kill(os.getpid(), number)
+        return True
+
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a process that main forked ends as if we had never been there
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        if self._in_child(number):
             return
         self._stop = number
         if self._interruptible:  # a commit takes milliseconds; what it holds is weeks of work
             raise Stopped(number)
+
+    def on_last_row(self, number: int, frame: FrameType | None) -> None:
+        """The time is nearly up: finish what is in hand, and claim nothing more."""
+        if self._in_child(number) or self._last:
+            return
+        self._last = True
+        os.write(2, b"asked to end: the rows in hand are finished, no other is begun\n")  # print may be at work already
 
     @contextlib.contextmanager
     def _uninterrupted(self) -> Iterator[None]:
@@ -738,6 +756,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args["worker.do_if_complete"] and not showing and store.layout.completed([index])[0]:
             print(f"row {index}: already complete, nothing to do (--worker.do_if_complete runs it again)")
             return 0
+    rows: np.ndarray | None = None
+    if args.given("worker.rows"):
+        where = f"--worker.rows ({args.where('worker.rows')})"
+        if one:
+            raise ConfigError(f"{where}: chooses among many rows, and --worker.index names one; leave one of them out")
+        rows = select(store.design, args["worker.rows"], where=where)
     module = import_main(args["worker.main_import"])
     cli.collect_user(args)
     single = Routine.find(module, "main", available(store, many=False))
@@ -760,18 +784,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     if showing:
         with Worker(store, single, many) as worker:
-            row = index if one else _first_pending(store)
+            row = index if one else _first_pending(store, rows)
             show = dry_run if args["worker.dry_run"] else smoke
             print(show(worker, row, batch=1 if one else args["worker.batch"], rest=args.rest))
         return 0
     exit_status: int | None = None
-    before = {number: signal.getsignal(number) for number in _STOPS}
+    before = {number: signal.getsignal(number) for number in (*_STOPS, _LAST_ROW)}
     try:
         with contextlib.suppress(OSError), open(store.path / "cmds.txt", "a", encoding="utf-8") as commands:
             commands.write(shlex.join([program, *argv]) + "\n")
-        exit_status = _work(store, single, many, args, one, index)
+        exit_status = _work(store, single, many, args, one, index, rows)
     finally:
-        for number in _STOPS:  # it is ending already
+        for number in before:  # it is ending already
             signal.signal(number, signal.SIG_IGN)
         store.close(exit_status)
         for number, handler in before.items():
@@ -780,7 +804,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(
-    store: Store, single: Routine | None, many: Routine | None, args: cli.Arguments, one: bool, index: int | None
+    store: Store,
+    single: Routine | None,
+    many: Routine | None,
+    args: cli.Arguments,
+    one: bool,
+    index: int | None,
+    rows: np.ndarray | None,
 ) -> int:
     started = time.monotonic()
     with Worker(
@@ -790,10 +820,12 @@ def _work(
         batch=args["worker.batch"],
         retries=args["worker.retries"],
         job_timeout=args.get("worker.job_timeout"),
+        rows=rows,
     ) as worker:
         try:
             for number in _STOPS:
                 signal.signal(number, worker.on_signal)
+            signal.signal(_LAST_ROW, worker.on_last_row)
             if one:
                 assert index is not None
                 complete = worker.run_one(index, do_if_complete=args["worker.do_if_complete"])
@@ -801,7 +833,9 @@ def _work(
                     print(f"row {index}: complete ({time.monotonic() - started:.1f} s)")
                 return 0 if complete else 1
             quiet = not sys.stderr.isatty() or POOL_VARIABLE in os.environ
-            with tqdm(total=store.num_models, initial=int(store.completed().sum()), unit="row", disable=quiet) as bar:
+            mine = np.ones(store.num_models, bool) if rows is None else rows
+            done = int((mine & store.completed()).sum())
+            with tqdm(total=int(mine.sum()), initial=done, unit="row", disable=quiet) as bar:
                 worker.run_all(bar.update)
         except Stopped as stop:
             print(
@@ -809,7 +843,7 @@ def _work(
                 f"are given back",
                 file=sys.stderr,
             )
-            return 128 + stop.number
+            return 0 if stop.number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ else 128 + stop.number
     given_up = worker.given_up()
     print(
         f"{worker.tally.committed} rows committed, {worker.tally.failed} attempts failed"
@@ -832,9 +866,10 @@ def _blind(routine: Routine, store: Store) -> bool:
     return any(block.sampler for block in store.design.blocks) and not {"mask", "masks"} & set(routine.wanted)
 
 
-def _first_pending(store: Store) -> int:
-    pending = np.flatnonzero(~store.completed())
-    return int(pending[0]) if len(pending) else 0
+def _first_pending(store: Store, rows: np.ndarray | None) -> int:
+    mine = np.arange(store.num_models) if rows is None else np.flatnonzero(rows)
+    pending = mine[~store.completed()[mine]]
+    return int((pending if len(pending) else mine)[0])
 
 
 def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str:

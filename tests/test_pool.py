@@ -14,17 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodels.pool import Judge
+from datamodels.executors.share import Judge, Share
 from datamodels.store import Store
 from tests.jobs import CALLED, Job, alive, finish, plain, until
 
-WORKS = CALLED + """
+WORKS = (
+    CALLED
+    + """
 import time
 def main(index):
     called(index)
     time.sleep(%s)
     return {'x': index}
 """
+)
 
 
 class Pool(Job):
@@ -264,13 +267,16 @@ class Terminal:
         return self.process.returncode
 
 
-STUCK_AFTER = CALLED + """
+STUCK_AFTER = (
+    CALLED
+    + """
 import os, time
 def main(index):
     called(index)
     if index > 5 and not os.path.exists('go'): %s
     return {'x': index}
 """
+)
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", "ctrl-c twice", "sigint", "sigterm"])
@@ -413,7 +419,7 @@ def test_rows_that_fail_in_one_place_do_not_stop_those_that_train(tmp_path):
 def test_the_judge_asks_twice_and_looks_at_the_rows_in_hand(tmp_path):
     Store.create(tmp_path / "store", plain(40), sync=False).close()
     with Store.open(tmp_path / "store") as one, Store.open(tmp_path / "store") as two:
-        judge = Judge(one)
+        judge = Judge(Share(one))
         for row in range(21):
             store = one if row else two  # one of them has failed a single row
             assert store.run.take(row)

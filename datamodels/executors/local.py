@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datamodels.executors.base import Executor, Exit
+from datamodels.executors.gpus import VARIABLE
 
 # Whichever of these a numerical library reads, W workers then use W cores and no more.
 THREAD_VARIABLES = (
@@ -21,7 +22,6 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
     "VECLIB_MAXIMUM_THREADS",
 )
-_TAIL_BYTES = 4000
 
 
 def cores() -> int:
@@ -45,26 +45,33 @@ class _Copy(NamedTuple):
 
 
 class LocalExecutor(Executor):
-    """Each copy is a process group of its own, so that when it is killed what it started ends with it.
+    """Each copy is a process group of its own, so that when it is killed what it started ends with it."""
 
-    What a copy prints goes to `logs/worker-<number>.log`.
-    """
-
-    def __init__(self, command: Sequence[str], *, workers: int, logs: Path, environment: Mapping[str, str]):
-        self.command, self.logs = list(command), logs
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        workers: int,
+        logs: Path,
+        environment: Mapping[str, str],
+        gpus: Sequence[str] = (),  # CUDA_VISIBLE_DEVICES of each worker
+    ):
+        super().__init__(logs)
+        self.gpus = gpus
+        self.command = list(command)
         self.environment = {**os.environ, **capped_threads(workers, os.environ), **environment}
         self._processes: dict[int, _Copy] = {}
-        logs.mkdir(parents=True, exist_ok=True)
 
-    def log(self, number: int) -> Path:
-        return self.logs / f"worker-{number}.log"
+    def start(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            self._start(number)
 
-    def start(self, number: int) -> None:
+    def _start(self, number: int) -> None:
         with open(self.log(number), "ab") as log:
             begin = log.tell()
             process = subprocess.Popen(
                 self.command,
-                env=self.environment,
+                env={**self.environment, **({VARIABLE: self.gpus[number]} if self.gpus else {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -86,14 +93,9 @@ class LocalExecutor(Executor):
                 self._kill_group(process)  # and until it is reaped, the group's number cannot be anybody else's
             code = process.wait()
             del self._processes[number]
-            words = self._words(number, copy.log_begin)
+            words = self.words(number, copy.log_begin)
             exits.append(Exit(number, code, time.monotonic() - copy.started, words, str(self.log(number))))
         return exits
-
-    def _words(self, number: int, begin: int) -> str:
-        with open(self.log(number), "rb") as log:
-            log.seek(max(begin, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
-            return log.read().decode(errors="replace").strip()
 
     def stop(self, seconds: float) -> int:
         for copy in self._processes.values():

@@ -287,19 +287,23 @@ class Store:
         """The bytes of `rows`, ascending, as they stand on disk; unchecked."""
         return self.layout.pick(commits.key_file(field.name), rows, field.nbytes)
 
-    def status(self, *, failures: int = 20) -> Status:
-        """How far the store is; at most `failures` failed rows are described."""
+    def status(self, *, failures: int = 20, rows: np.ndarray | None = None) -> Status:
+        """How far the store is, or those of its rows that the mask `rows`, bool (num_models,), names.
+
+        At most `failures` failed rows are described.
+        """
+        mine = np.ones(self.num_models, bool) if rows is None else rows
         completed = self.completed()
         records = self.layout.row_records()
         running = np.zeros(self.num_models, bool)
         running[self.held()] = True
-        running &= ~completed & (records["state"] != commits.FAILED)
-        failed = np.flatnonzero((records["state"] == commits.FAILED) & ~completed)
+        running &= mine & ~completed & (records["state"] != commits.FAILED)
+        failed = np.flatnonzero(mine & (records["state"] == commits.FAILED) & ~completed)
         shown = tuple(
             Failure(int(row), int(records["attempts"][row]), self.last_error(int(row))) for row in failed[:failures]
         )
-        done, active = int(completed.sum()), int(running.sum())
-        return Status(self.num_models, done, active, len(failed), self.num_models - done - active - len(failed), shown)
+        total, done, active = int(mine.sum()), int((mine & completed).sum()), int(running.sum())
+        return Status(total, done, active, len(failed), total - done - active - len(failed), shown)
 
     def held(self) -> list[int]:
         """Rows that a run has claimed which has not ended."""

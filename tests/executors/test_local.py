@@ -40,9 +40,9 @@ def test_codes_and_last_words_of_those_that_end(local):
         "os.kill(os.getpid(), signal.SIGKILL) if os.environ['X'] == 'kill' else sys.exit(5)",
         X="exit",
     )
-    executor.start(0)
+    executor.start([0])
     executor.environment["X"] = "kill"
-    executor.start(1)
+    executor.start([1])
     assert executor.running() == 2
     first, second = ends(executor)
     assert (first.number, first.code, first.words) == (0, 5, "hello exit\nand goodbye")
@@ -53,11 +53,11 @@ def test_codes_and_last_words_of_those_that_end(local):
 
 def test_only_the_end_of_a_long_log_is_kept_and_a_restart_appends(local):
     executor = local("import os\nprint('x' * int(os.environ['X']), 'end')", X="100000")
-    executor.start(0)
+    executor.start([0])
     (end,) = ends(executor)
     assert len(end.words) < 5000 and end.words.endswith("x end")
     executor.environment["X"] = "1"
-    executor.start(0)
+    executor.start([0])
     (end,) = ends(executor)
     assert end.words == "x end"  # and nothing of the copy before it
     assert os.path.getsize(end.log) == 100_005 + 6
@@ -78,7 +78,7 @@ def child_of(executor):
 
 def test_stop_asks_and_then_makes_the_whole_group_end(local):
     executor = local(SPAWNS % "signal.signal(signal.SIGTERM, signal.SIG_IGN)")
-    executor.start(0)
+    executor.start([0])
     child = child_of(executor)
     started = time.monotonic()
     assert executor.stop(0.4) == 1
@@ -89,7 +89,7 @@ def test_stop_asks_and_then_makes_the_whole_group_end(local):
 
 def test_stop_does_not_wait_for_those_that_listen(local):
     executor = local("import time\nprint(1, flush=True)\ntime.sleep(60)")
-    executor.start(0)
+    executor.start([0])
     child_of(executor)
     started = time.monotonic()
     assert executor.stop(20) == 0
@@ -98,7 +98,7 @@ def test_stop_does_not_wait_for_those_that_listen(local):
 
 def test_what_a_killed_worker_started_ends_with_it(local):
     executor = local(SPAWNS % "os.kill(os.getpid(), signal.SIGKILL)")
-    executor.start(0)
+    executor.start([0])
     child = child_of(executor)
     ends(executor)
     until(lambda: not alive(child), 5)
