@@ -1,0 +1,76 @@
+"""What a row would be called with, and what main returns for it, with nothing written."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from datamodels.running.routine import unwrapped
+from datamodels.running.worker import Worker
+
+
+def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str:
+    """What a row would be called with, in a few lines."""
+    store = worker.store
+    assignment = store.design.assignment(row)
+    routine = worker.routine_for(batch)
+    inner = unwrapped(routine.function)[0]
+    absent = set(store.design.factors) - set(assignment.choices) if routine is worker.main else set()
+    passed = [name for name in routine.wanted if name not in absent]
+    mask = (
+        "none"
+        if assignment.mask is None
+        else f"{int(assignment.mask.sum()):,} of {assignment.mask.size:,} examples (block {assignment.block}, mask "
+        f"{assignment.mask_id}, repeat {assignment.repeat})"
+    )
+    lines = [
+        f"row        {row} of {store.num_models} ({assignment.role})",
+        f"seed       {assignment.seed}",
+        f"mask       {mask}",
+        f"choices    {', '.join(f'{k}={v!r}' for k, v in assignment.choices.items()) or 'none'}",
+        f"calls      {routine.name}({', '.join(passed)}) in {_source(inner)}",
+        f"sys.argv   {' '.join(rest) or '(empty)'}",
+        "returns    " + ", ".join(f"{k}: {f.dtype} {list(f.shape)}" for k, f in store.spec.schema.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsourcefile(function) or "?"
+    except TypeError:  # an object with __call__
+        return "?"
+
+
+def smoke(worker: Worker, row: int, *, batch: int) -> str:
+    """Run a row (or a batch from it) on three batches of data, check what it returns, write nothing."""
+    store, started = worker.store, time.monotonic()
+    routine = worker.routine_for(batch)
+    if "smoke" not in routine.wanted:
+        print(f"note: {routine.name} takes no argument `smoke`, so the whole row is run", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="datamodels-smoke-") as folder:
+        if routine is worker.main_many:
+            rows = list(range(row, min(row + batch, store.num_models)))
+            results = worker.call_many(rows, smoke=True, logdir=folder)
+        else:
+            results = {row: worker.call(row, smoke=True, logdir=folder)}
+    encoded = {r: store.encode(r, values) for r, values in results.items()}
+    lines = [
+        f"smoke: {len(encoded)} row{'s' if len(encoded) > 1 else ''} from {row} in {time.monotonic() - started:.1f} s; "
+        f"every value fits the schema; nothing was written"
+    ]
+    for key, value in results[row].items():
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+        spread = (
+            f"min {array.min():.4g}, mean {array.mean():.4g}, max {array.max():.4g}"
+            if array.size and array.dtype.kind in "biuf"
+            else ""
+        )
+        lines.append(f"  {key}: {list(array.shape)} {spread}")
+    return "\n".join(lines)

@@ -1,0 +1,433 @@
+"""Claims rows of a store, calls the user's functions with them, commits what is right and records what is not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import numpy as np
+
+from datamodels.design import Assignment, check_index
+from datamodels.errors import ClaimLost, RowError, StoreError
+from datamodels.running.ends import Deadline, JobTimeout, Stopped, last_line
+from datamodels.running.routine import Routine, seed_everything
+from datamodels.store import Store
+from datamodels.store import commit as commits
+
+_AHEAD = 256  # rows looked at together where others have been
+
+
+@dataclass
+class Tally:
+    """What one worker did."""
+
+    committed: int = 0
+    failed: int = 0  # attempts that failed
+    given_up: int = 0  # rows among them that will not be tried again
+
+
+class Worker:
+    """Runs rows of one store with one module's `main` and `main_many`."""
+
+    def __init__(
+        self,
+        store: Store,
+        main: Routine | None,
+        main_many: Routine | None,
+        *,
+        batch: int = 1,
+        retries: int = 2,
+        job_timeout: int | None = None,
+        rows: np.ndarray | None = None,
+    ):
+        self.store, self.main, self.main_many = store, main, main_many
+        self.batch, self.retries = batch, retries
+        self._mine = np.ones(store.num_models, bool) if rows is None else rows  # those that it may run, bool (rows,)
+        self._limit = retries  # a row whose attempts are more is not tried again
+        self.tally = Tally()
+        self._attempts: dict[int, int] = {}  # rows claimed now -> number of this attempt
+        self._deadline = Deadline(store, job_timeout)
+        self._interruptible = True
+        self._stop: int | None = None  # the signal that asked this process to end
+        self._last = False  # asked to end after the rows in hand
+        self._pid = os.getpid()
+
+    # ------------------------------------------------------------- which rows
+
+    def run_all(self, bar: Callable[[int], object] = lambda rows: None) -> None:
+        """Claim and run pending rows until none is left that this worker could claim."""
+        while True:
+            moved = False
+            fresh, again = self._pending()
+            # A row that took its process down would take the others of a batch with it, so it is tried again alone.
+            for queue, size in ((deque(fresh), self.batch), (deque(again), 1)):
+                while rows := self._claim_some(queue, size):
+                    before = self.tally.committed
+                    self._run_claimed(rows)
+                    bar(self.tally.committed - before)
+                    moved = True
+            # What others failed, gave back or left behind meanwhile is found by another look.
+            if self._last or (not moved and not self._wait([*fresh, *again])):
+                return
+
+    def _pending(self) -> tuple[list[int], list[int]]:
+        """Incomplete rows never tried, and those tried but not too often; from a place of this worker's own onwards."""
+        completed, records = self.store.completed(), self.store.layout.row_records()
+        rows = np.flatnonzero(self._mine & ~completed & ~self._spent(records))
+        offset = int(self.store.run.id[-8:], 16) % self.store.num_models
+        rows = np.roll(rows, -int(np.searchsorted(rows, offset)))
+        tried = records["attempts"][rows] > 0
+        return rows[~tried].tolist(), rows[tried].tolist()
+
+    def _spent(self, records: np.ndarray) -> np.ndarray:
+        spent: np.ndarray = (records["state"] == commits.FAILED) & (records["attempts"] > self.retries)
+        return spent
+
+    def given_up(self) -> int:
+        """How many rows are incomplete and will not be tried again, whoever failed them."""
+        return int((self._mine & ~self.store.completed() & self._spent(self.store.layout.row_records())).sum())
+
+    def _claim_some(self, queue: deque[int], size: int) -> list[int]:
+        rows: list[int] = []
+        while queue and len(rows) < size and not self._last:
+            some = sorted(queue.popleft() for _ in range(min(len(queue), size - len(rows))))
+            done = self.store.layout.completed(some)  # by another worker; far cheaper to see before claiming
+            rows += self._claim([row for row, flag in zip(some, done, strict=True) if not flag])
+            if done.any():
+                self._skip(queue)
+        return sorted(rows)
+
+    def _skip(self, queue: deque[int]) -> None:
+        """Drop rows from the front of a queue that are complete: another worker may be many rows ahead of this one."""
+        while queue:
+            ahead = [queue.popleft() for _ in range(min(len(queue), _AHEAD))]
+            order = sorted(ahead)
+            done = dict(zip(order, self.store.layout.completed(order), strict=True))
+            left = [row for row in ahead if not done[row]]
+            queue.extendleft(reversed(left))
+            if left:
+                return
+
+    def _claim(self, rows: list[int], *, anew: bool = False, complete_too: bool = False) -> list[int]:
+        """Claim rows and count an attempt of each; those where there is something (left) to do for this worker."""
+        with self._uninterrupted():
+            taken = [row for row in rows if self.store.run.take(row)]
+            completed, records = self.store.layout.completed(taken), self.store.layout.row_records(taken)
+            ready = []
+            for place, (row, complete, record) in enumerate(zip(taken, completed, records, strict=True)):
+                if complete and not complete_too:
+                    self.store.run.release(row, done=True)
+                elif not complete and record["attempts"] > self.retries and not anew:
+                    if record["state"] != commits.FAILED:
+                        self._record_death(row, record)
+                    self.store.run.release(row, done=False)
+                else:
+                    ready.append(place)
+            rows = [taken[place] for place in ready]
+            begun = self.store.begin(rows, complete=completed[ready], records=records[ready])
+            self._attempts.update(zip(rows, begun, strict=True))
+            return rows
+
+    def _record_death(self, row: int, record: np.void) -> None:
+        attempts, run = int(record["attempts"]), record["run"].decode(errors="replace")
+        self.store.fail(
+            row,
+            attempts,
+            f"The process that ran this row died without leaving a word, {attempts} times (killed, out of memory, or "
+            f"the machine went down); the last one was runs/{run}.json",
+            finished=float(record["started"]),  # it is known when it began
+        )
+        print(f"row {row}: its process died {attempts} times; it will not be tried again", file=sys.stderr, flush=True)
+
+    def _wait(self, rows: Iterable[int]) -> bool:
+        """Wait while another host may have died holding one of these rows; whether to look again."""
+        if not any(self.store.run.undecided(row) for row in rows):
+            return False
+        time.sleep(self.store.run.time_to_live / 12)
+        return True
+
+    def run_one(self, row: int, *, do_if_complete: bool = False) -> bool:
+        """Run one row, and again while it fails and may be retried; whether it is complete at the end."""
+        row = check_index(row, self.store.num_models)
+        replace = do_if_complete and bool(self.store.layout.completed([row])[0])
+        tried = 0
+        while not self.tally.committed and not self.tally.given_up and not self._last:
+            if not self._claim([row], anew=tried == 0, complete_too=do_if_complete):
+                if self.store.layout.completed([row])[0]:
+                    print(f"row {row}: already complete, nothing to do (--worker.do_if_complete runs it again)")
+                    return True
+                if tried:
+                    return False
+                raise RowError(f"row {row}: another worker is running it; wait for it, or stop it")
+            if replace:  # a complete row's record stays that of the values it holds, so its attempts are counted here
+                self._limit = self._attempts[row] + self.retries - 1
+                self._attempts[row] += tried
+            tried += 1
+            self._run_claimed([row], replace=do_if_complete)
+        return self.tally.committed > 0
+
+    # ---------------------------------------------------------------- run them
+
+    def _run_claimed(self, rows: list[int], *, replace: bool = False) -> None:
+        """Run rows that are claimed, commit what is right, record what is not, and give all of them back."""
+        if self.routine_for(len(rows)) is self.main:
+            for row in rows:
+                try:
+                    with self._watched([row]):
+                        result = self.call(row)
+                except (Exception, JobTimeout) as error:
+                    self._failed(row, error)
+                else:
+                    self._commit({row: result}, replace=replace)
+            return
+        try:
+            with self._watched(rows):
+                results = self.call_many(rows)
+        except (Exception, JobTimeout) as error:
+            if len(rows) == 1:
+                self._failed(rows[0], error)
+                return
+            print(
+                f"rows {rows[0]}…{rows[-1]}: main_many failed for the batch ({last_line(error)}); running its "
+                f"{len(rows)} rows one by one",
+                file=sys.stderr,
+                flush=True,
+            )
+            for row in rows:
+                self._run_claimed([row], replace=replace)
+        else:
+            self._commit(results, replace=replace)
+
+    def routine_for(self, rows: int) -> Routine:
+        """Which function runs so many rows at once: main_many several, and one where there is no main."""
+        routine = self.main if self.main is not None and (rows == 1 or self.main_many is None) else self.main_many
+        assert routine is not None  # the entry point refuses a module with neither
+        return routine
+
+    def call(self, row: int, *, smoke: bool = False, logdir: str | None = None) -> Mapping[str, Any]:
+        """What main returns for a row, with the design's own values filled in."""
+        if self.main is None:
+            (result,) = self.call_many([row], smoke=smoke, logdir=logdir).values()
+            return result
+        routine = self.main
+        assignment = self.store.design.assignment(row)
+        seed_everything(assignment.seed)
+        with self._folders(routine, "logdir", [row], logdir) as folders:
+            result = routine(
+                {
+                    **assignment.choices,
+                    "index": row,
+                    "seed": assignment.seed,
+                    "mask": assignment.mask,
+                    "smoke": smoke,
+                    "logdir": folders[0],
+                }
+            )
+        if not isinstance(result, Mapping):
+            raise RowError(
+                f"row {row}: {routine.name} must return a dict from key to value, got "
+                f"{type(result).__name__}; return "
+                f"{{{', '.join(f'{k!r}: …' for k in self.store.spec.schema)}}}"
+            )
+        return self._filled(assignment, result)
+
+    def call_many(
+        self, rows: list[int], *, smoke: bool = False, logdir: str | None = None
+    ) -> dict[int, Mapping[str, Any]]:
+        """What main_many returns for rows, taken apart by row."""
+        routine = self.main_many
+        assert routine is not None
+        assignments = [self.store.design.assignment(row) for row in rows]
+        arguments: dict[str, Any] = {
+            "indices": np.array(rows, np.int64),
+            "seeds": np.array([a.seed for a in assignments], np.int64),
+            "smoke": smoke,
+        }
+        if "masks" in routine.wanted:
+            unmasked = [a.row for a in assignments if a.mask is None]
+            if unmasked:
+                raise RowError(f"row {unmasked[0]}: {routine.name} asks for masks, and the design gives this row none")
+            arguments["masks"] = np.stack([a.mask for a in assignments if a.mask is not None])
+        for factor in self.store.design.factors:
+            arguments[factor] = [a.choices.get(factor) for a in assignments]
+        seed_everything(assignments[0].seed)
+        with self._folders(routine, "logdirs", rows, logdir) as folders:
+            result = routine({**arguments, "logdirs": folders})
+        if not isinstance(result, Mapping):
+            raise RowError(
+                f"rows {rows[0]}…{rows[-1]}: {routine.name} must return a dict from key to an array with a "
+                f"leading axis of {len(rows)}, got {type(result).__name__}"
+            )
+        for key, values in result.items():
+            if not hasattr(values, "__len__") or len(values) != len(rows):
+                got = list(values.shape) if hasattr(values, "shape") else type(values).__name__
+                raise RowError(
+                    f"rows {rows[0]}…{rows[-1]}, {key!r}: {routine.name} must return a leading axis of "
+                    f"{len(rows)}, one entry per row of `indices`, got {got}"
+                )
+        return {
+            a.row: self._filled(a, {key: values[i] for key, values in result.items()})
+            for i, a in enumerate(assignments)
+        }
+
+    def _filled(self, assignment: Assignment, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The result with masks and factors of the design where main left them out, and checked where it did not."""
+        audit = self.store.audit(assignment)
+        for key, value in audit.items():
+            if key in result:
+                field, where = self.store.spec.schema[key], f"row {assignment.row}"
+                if field.encode(result[key], where=where).tobytes() != field.encode(value, where=where).tobytes():
+                    raise RowError(
+                        f"{where}, {key!r}: main returned something else than the design gives this row; "
+                        f"train on the `mask` (or factor) that main is given, or leave it out of the design"
+                    )
+        return {**audit, **result}
+
+    @contextlib.contextmanager
+    def _folders(self, routine: Routine, name: str, rows: list[int], logdir: str | None) -> Iterator[list[str]]:
+        """The rows' own folders, made when the routine takes them, gone again where nothing was put in."""
+        if name not in routine.wanted:
+            yield [""] * len(rows)
+            return
+        folders = [Path(logdir) / str(row) if logdir else self.store.path / "workers" / str(row) for row in rows]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield [str(folder) for folder in folders]
+        finally:
+            for folder in folders:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+    @contextlib.contextmanager
+    def _watched(self, rows: list[int]) -> Iterator[None]:
+        with self._deadline.over([(row, self._attempts[row]) for row in rows]):
+            yield
+        if self._stop is not None:  # main went on in spite of it
+            raise Stopped(self._stop)
+
+    # -------------------------------------------------------- what came of them
+
+    def _commit(self, results: Mapping[int, Mapping[str, Any]], *, replace: bool) -> None:
+        encoded: dict[int, dict[str, bytes]] = {}
+        for row, values in results.items():
+            try:
+                encoded[row] = self.store.encode(row, values)
+            except RowError as error:
+                self._failed(row, error)
+        with self._uninterrupted():
+            try:
+                self.store.commit_encoded(encoded, replace=replace)
+            except StoreError as error:
+                if len(encoded) == 1:
+                    self._failed(next(iter(encoded)), error)
+                    return
+                for row, blobs in encoded.items():
+                    self._commit_one(row, blobs, replace=replace)
+            except ClaimLost:
+                for row, blobs in encoded.items():
+                    self._commit_one(row, blobs, replace=replace)
+            else:
+                for row in encoded:
+                    self._done(row, replace=replace)
+
+    def _commit_one(self, row: int, blobs: Mapping[str, bytes], *, replace: bool) -> None:
+        if not replace and self.store.layout.completed([row])[0]:  # the batch got as far as this row
+            self._done(row, replace=replace)
+            return
+        try:
+            self.store.commit_encoded({row: blobs}, replace=replace)
+        except ClaimLost as error:
+            if self.store.run.holds(row):  # the lease had run out and nobody has come for the row
+                self._failed(row, error)
+                return
+            self._attempts.pop(row, None)
+            self.store.run.release(row, done=False)
+            print(f"{error}", file=sys.stderr)
+        except StoreError as error:
+            self._failed(row, error)
+        else:
+            self._done(row, replace=replace)
+
+    def _done(self, row: int, *, replace: bool) -> None:
+        self.tally.committed += 1
+        self._attempts.pop(row, None)
+        self.store.run.release(row, done=not replace)
+
+    def _failed(self, row: int, error: BaseException) -> None:
+        with self._uninterrupted():
+            attempts = self._attempts.pop(row)
+            again = attempts <= self._limit
+            try:
+                where = self.store.fail(row, attempts, "".join(traceback.format_exception(error)))
+                place = f"; traceback in {where}"
+            except StoreError as full:
+                place = f"; and its traceback could not be kept ({full})"
+            print(
+                f"row {row}: attempt {attempts} failed: {last_line(error)}{place}"
+                f"{'; it will be tried again' if again else ''}",
+                file=sys.stderr,
+                flush=True,
+            )
+            self.tally.failed += 1
+            self.tally.given_up += not again
+            self.store.run.release(row, done=False)
+
+    # ------------------------------------------------------------------ signals
+
+    def _in_child(self, number: int) -> bool:
+        if os.getpid() == self._pid:
+            return False
+        signal.signal(number, signal.SIG_DFL)  # a process that main forked ends as if we had never been there
+        os.kill(os.getpid(), number)
+        return True
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._in_child(number):
+            return
+        self._stop = number
+        if self._interruptible:  # a commit takes milliseconds; what it holds is weeks of work
+            raise Stopped(number)
+
+    def on_last_row(self, number: int, frame: FrameType | None) -> None:
+        """The time is nearly up: finish what is in hand, and claim nothing more."""
+        if self._in_child(number) or self._last:
+            return
+        self._last = True
+        os.write(2, b"asked to end: the rows in hand are finished, no other is begun\n")  # print may be at work already
+
+    @contextlib.contextmanager
+    def _uninterrupted(self) -> Iterator[None]:
+        before, self._interruptible = self._interruptible, False
+        try:
+            yield
+        finally:
+            self._interruptible = before
+        if before and self._stop is not None:
+            raise Stopped(self._stop)
+
+    def close(self) -> None:
+        """Give back the rows in hand, uncounted: that this process ends says nothing against them."""
+        self._interruptible = False
+        for row, attempts in self._attempts.items():
+            with contextlib.suppress(StoreError):
+                self.store.give_back(row, attempts)
+            self.store.run.release(row, done=False)
+        self._attempts.clear()
+        self._deadline.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
