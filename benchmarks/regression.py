@@ -8,7 +8,7 @@ t with 1.5 degrees of freedom. A job is a path on the training rows, the lambda 
 lambda on all rows. Ours does all targets, peers a few random ones, which is extrapolated to all; ours runs again before
 each of these, so that what else the machine does falls on both. Peers are spared what ours pays: their columns come
 standardised; the Gram matrices that scikit-learn is given are counted once. Every refit's relative
-duality gap is that of lasso.certify.
+duality gap is that of certificate.certify.
 """
 
 from __future__ import annotations

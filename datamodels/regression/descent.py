@@ -351,6 +351,30 @@ def refit(M, diag, mu, n, q, power, thr, norm, lam, W0, w0, tol, denominator, H)
     return W[:m].copy(), w[:m].copy(), gap, H
 
 
+@_compiled
+def optimality(g, of_plain, w, v, scale, sd, lam):  # type: ignore[no-untyped-def]
+    """Per target: max |g| / (lam v sd) over what is shrunk, lam Σ v sd |w|, and the largest violation.
+
+    g, of_plain (B, p): Xᵀr less the unpenalised columns, and all of it.  v (B or 1, p).  scale: n sd.
+    """
+    B, p = g.shape
+    over, size, violation = np.zeros(B), np.zeros(B), np.zeros(B)
+    for b in range(B):
+        shrunk = v[b if len(v) > 1 else 0]
+        for j in range(p):
+            if sd[j] <= 0.0:
+                continue
+            bound, u = lam[b] * shrunk[j], w[b, j] * sd[j]
+            size[b] += bound * abs(u)
+            if shrunk[j] > 0.0:
+                slope = abs(g[b, j]) / scale[j]
+                over[b] = max(over[b], slope / bound if bound > 0.0 else np.inf if slope > 0.0 else 0.0)
+            slope = of_plain[b, j] / scale[j]
+            off = abs(slope) - bound if u == 0.0 else abs(slope - bound) if u > 0.0 else abs(slope + bound)
+            violation[b] = max(violation[b], off)
+    return over, size, violation
+
+
 def is_compiled() -> bool:
     """Whether an earlier process left these kernels compiled; if not, that takes a while."""
     folder = Path(path._cache.cache_path)

@@ -446,7 +446,7 @@ def gap_of(
     """Duality gap (B,), absolute, of standardised weights u and Zᵀr/n = g, both (B, m), with rr = ‖r‖²/n.
 
     With s = min(1, lam / max |g_j| / v_j) it is (1 − s)² rr / 2 + Σ (lam v_j |u_j| − s u_j g_j): a sum of terms that
-    are not negative, and all small near the optimum, so nothing cancels. (Equal to P − D of lasso.certify.)
+    are not negative, and all small near the optimum, so nothing cancels. (Equal to P − D of certificate.certify.)
     top (B,): that largest |g_j| / v_j, where there are more columns than these.
     """
     top = (g.abs() * inverse).amax(1).double() if top is None else top
@@ -517,7 +517,7 @@ def certify(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Relative duality gap (T,) and KKT violation / lam (T,) of weights (p, T) on the train and validation rows.
 
-    The numbers of lasso.certify on a device: from a fresh residual, all in float64, about 4 n p T operations.
+    The numbers of certificate.certify on a device: from a fresh residual, all in float64, about 4 n p T operations.
     """
     where, rows = open_device(device), np.sort(np.concatenate([problem.train, problem.val]))
     columns = load(problem, rows, use_bias, where, is_binary(problem.x))

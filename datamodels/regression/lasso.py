@@ -6,8 +6,8 @@ is
     minimise over (w, b)   1/(2n) ‖y − o − X w − b‖² + lam · Σ_j v_j sd_j |w_j|
 
 where o is the target's offset and v_j the penalty of the column. This file states the problem, chooses a solver and
-checks the answer. A solver is one other file: `gram_path`, on a Gram matrix, `wide_path`, for fewer rows than columns,
-`gpu_path`, and `fast_l1`, which calls the released code's.
+has the answer checked (certificate.py). A solver is one other file: `gram_path`, on a Gram matrix, `wide_path`, for
+fewer rows than columns, `gpu_path`, and `fast_l1`, which calls the released code's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from threading import Event
 from types import ModuleType
 from typing import Any
 
@@ -26,10 +25,10 @@ import numpy as np
 
 from datamodels.errors import RegressionError
 from datamodels.regression import memory
+from datamodels.regression.certificate import TARGETS, certify
 from datamodels.regression.datamodel import CONSTANT, END_OF_PATH, TURNED, Datamodel, RegularizationPath
 from datamodels.regression.problem import Problem
 from datamodels.regression.scale import Scale, row_blocks
-from datamodels.regression.threads import each_chunk
 
 # On digits (1,000 columns, 797 targets) twice the lambdas and twice the patience gave the same LDS to .0002 for 1.7
 # times the work; eps is so far down that no path from 500 to 4,000 rows came to its end.
@@ -39,9 +38,6 @@ DEFAULT_PATIENCE = 3
 DEFAULT_TOL = 1e-5
 SOLVERS = ("auto", "cpu", "gpu", "fast_l1", "gram", "wide")
 WIDE = 20_000, 20  # more columns than that, or than that many per row, and more than rows: a Gram matrix does not pay
-CERTIFIED = 64  # targets at a time
-BASES = 4  # sets of unpenalised columns that are remembered; each takes as much memory as the columns in float64
-COMPILED = [np.dtype(kind) for kind in "?bBhHiIlLqQfd"]  # what numba takes: not float16, long double or foreign bytes
 
 
 class RegressionWarning(UserWarning):
@@ -201,95 +197,6 @@ def fit(
     )
 
 
-def certify(
-    x: np.ndarray,
-    y: np.ndarray,
-    rows: np.ndarray,
-    weight: np.ndarray,
-    lam: np.ndarray,
-    sd: np.ndarray,
-    use_bias: bool,
-    penalty: np.ndarray | None = None,
-    offset: np.ndarray | None = None,
-    workers: int = 1,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Relative duality gap (T,) and KKT violation / lam (T,) of these weights, from a fresh float64 residual.
-
-    With r = y − o − X w and r0 = y − o, each less its mean if there is a bias, both less their projections on the
-    columns with v_j = 0, g = Xᵀr / n and s the largest number ≤ 1 with s |g_j| ≤ lam v_j sd_j for all other j:
-
-        P = ‖y − o − X w‖²/2n + lam Σ v_j sd_j |w_j|,   D = (‖r0‖² − ‖r0 − s r‖²) / 2n,   gap = (P − D) / (‖r0‖²/2n)
-
-    and the absolute P − D where r0 = 0. The violation is the distance of Xᵀ(y − o − X w)/n sd_j from
-    lam v_j sign(w_j), or from [−lam v_j, lam v_j] where w_j = 0, at its largest over the columns; absolute where
-    lam = 0. Products with 0/1 columns are those of products.py, which round no more than float64 does.
-    """
-    from datamodels.regression import products
-
-    n, T = len(rows), weight.shape[1]
-    gap, kkt = np.zeros(T), np.zeros(T)
-    own = x if n == len(x) and (rows == np.arange(n)).all() else x[rows]
-    if own.dtype not in COMPILED:
-        own = own.astype(np.float32 if own.itemsize == 2 else np.float64)
-    varies = np.flatnonzero(sd > 0)
-    shrunk = np.ones((len(weight), T)) if penalty is None else penalty if penalty.ndim == 2 else penalty[:, None]
-    bases: dict[bytes, np.ndarray] = {}
-
-    def basis(free: np.ndarray) -> np.ndarray:
-        """Orthonormal columns (n, r) that span those of x which are not shrunk."""
-        found = bases.get(free.tobytes())
-        if found is None:
-            part = own[:, free].astype(np.float64)
-            part = part - part.mean(axis=0) if use_bias else part
-            left, size, _ = np.linalg.svd(part / np.sqrt((part**2).sum(axis=0)), full_matrices=False)
-            found = left[:, size > 1e-7 * size[0]]
-            if len(bases) >= BASES:
-                bases.clear()
-            bases[free.tobytes()] = found
-        return found
-
-    def chunk(some: slice) -> tuple[int, int]:
-        # Outcomes are rows here: their sums then do not depend on how many targets there are.
-        w = np.ascontiguousarray(weight[:, some].T, dtype=np.float64)
-        r0 = y[rows, some].astype(np.float64)
-        r0 = np.ascontiguousarray((r0 if offset is None else r0 - offset[rows, some]).T)
-        highest = np.abs(r0).max(axis=1)
-        r = r0 - products.rows_times(own, w)
-        if use_bias:
-            for _ in range(2):  # what the first mean leaves by rounding counts where columns are far from 0
-                r0 -= r0.mean(axis=1, keepdims=True)
-                r -= r.mean(axis=1, keepdims=True)
-        v = np.ascontiguousarray(np.broadcast_to(shrunk[:, some] if shrunk.shape[1] > 1 else shrunk, w.T.shape).T)
-        v = np.ascontiguousarray(v[:, varies], dtype=np.float64)
-        plain, of_plain = r, products.times_columns(r, own)[:, varies] / (n * sd[varies])
-        g = of_plain
-        if (v == 0).any():
-            plain, r = r, r.copy()
-            for b in np.flatnonzero((v == 0).any(axis=1)):
-                q = basis(varies[v[b] == 0])
-                r0[b] -= q @ (q.T @ r0[b])
-                r[b] -= q @ (q.T @ r[b])
-            g = products.times_columns(r, own)[:, varies] / (n * sd[varies])
-        u = np.ascontiguousarray(w[:, varies]) * sd[varies]  # in rows: numpy sums columns in another order
-
-        bound = lam[some, None] * v
-        over = np.divide(np.abs(g), bound, out=np.zeros_like(g), where=(v > 0) & (bound > 0))
-        over[(v > 0) & (bound == 0) & (np.abs(g) > 0)] = np.inf
-        s = 1 / np.maximum(over.max(axis=1, initial=0.0), 1.0)
-        rr, r0r0 = (r**2).sum(axis=1), (r0**2).sum(axis=1)
-        primal = (plain**2).sum(axis=1) / (2 * n) + (bound * np.abs(u)).sum(axis=1)
-        dual = s * (r0 * r).sum(axis=1) / n - s**2 * rr / (2 * n)
-        fitted = r0r0 > (1e-12 * highest) ** 2 * n  # else r0 is 0 but for rounding
-        gap[some] = np.where(fitted, (primal - dual) / np.where(fitted, r0r0 / (2 * n), 1.0), primal - dual)
-        violation = np.where(u != 0, np.abs(of_plain - bound * np.sign(u)), np.maximum(np.abs(of_plain) - bound, 0.0))
-        kkt[some] = violation.max(axis=1, initial=0.0) / np.where(lam[some] > 0, lam[some], 1.0)
-        return 0, 0
-
-    for _ in each_chunk(chunk, T, workers, CERTIFIED, Event()):
-        pass
-    return gap, kkt
-
-
 def _as_masks(problem: Problem) -> Problem:
     """The same problem; integers that are all 0 or 1 are masks, for which everything is faster and exact."""
     x = problem.x
@@ -344,7 +251,7 @@ def _choose_solver(problem: Problem, workers: int, name: str = "auto") -> tuple[
 def _needed(solver: ModuleType, problem: Problem, T: int, workers: int) -> int:
     """Bytes that the fit of T targets takes at its largest, beside the problem: weights, and solver or certificate."""
     n, p = len(problem.train) + len(problem.val), problem.x.shape[1]
-    some, busy = min(T, CERTIFIED), min(workers, -(-T // CERTIFIED))
+    some, busy = min(T, TARGETS), min(workers, -(-T // TARGETS))
     certificate = busy * 8 * some * (12 * p + 12 * n)
     return 4 * p * T + max(solver.memory(n, p, T, problem.x.dtype, workers), certificate)
 
@@ -392,8 +299,8 @@ def float32_at_least(value: float) -> np.float32:
 def _predictions_at(mean: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """mean @ weight (T,), in float64; each target's sum is the same whatever others there are."""
     out = np.empty(weight.shape[1])
-    for first in range(0, len(out), CERTIFIED):
-        some = slice(first, first + CERTIFIED)
+    for first in range(0, len(out), TARGETS):
+        some = slice(first, first + TARGETS)
         out[some] = (np.ascontiguousarray(weight[:, some].T) * mean).sum(axis=1)
     return out
 

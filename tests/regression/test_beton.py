@@ -354,7 +354,7 @@ def without_side(path):
         (41, np.array([4, 10], "u8"), r"field 'mask' of shape \(4, 10\); expected one vector per row"),
         (41 + 256, np.uint64(2**63), "field 'mask' of type"),
         (41 + 264, b'[["", "|O8"]]  ', "field 'mask' of dtype object"),
-        (41 + 264, b'{}            ', "field 'mask' of type"),
+        (41 + 264, b"{}            ", "field 'mask' of type"),
         (41 + 264, b"\xff\xfe", "field 'mask' of type"),
         (41 + 264, b'[["", "|V8"]]', "field 'mask' of dtype |V8"),
         (24 + 3 * 1041, np.uint64(5), "sample 0, field 'mask': 40 bytes at 5; expected a place between"),

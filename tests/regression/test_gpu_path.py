@@ -344,6 +344,7 @@ def test_the_gram_matrix_is_exact(precision, use_bias, monkeypatch):
     sums = [gpu_columns.column_sums(part) for part in parts]
     train, full = (gpu_columns.Units.of(s, parts[0]) for s in gpu_columns.scales(parts, zeros, sums, use_bias))
     gram = gpu_path.Gram(parts[:1], train, precision)
+
     def check(rows):
         expected = counts[rows].T @ counts[rows]
         got = gram.counts(slice(0, 70), slice(0, 70)).numpy()

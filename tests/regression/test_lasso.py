@@ -312,6 +312,17 @@ def test_constant_column_has_weight_zero_and_is_named(value, use_bias):
     np.testing.assert_allclose(model.bias, without.bias, atol=1e-3)
 
 
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_certificate_is_blind_to_constant_columns(use_bias):
+    x, y = simulate()
+    rng = np.random.default_rng(1)
+    weight, lam = rng.standard_normal((40, 6)) / 10, np.full(6, 0.05)
+    with_one = np.column_stack([x, np.ones(len(x), dtype=bool), np.zeros(len(x), dtype=bool)])
+    rows, more = np.arange(len(x)), np.vstack([weight, np.zeros((2, 6))])
+    found = certify(with_one, y, rows, more, lam, with_one.std(axis=0), use_bias)
+    np.testing.assert_array_equal(found, certify(x, y, rows, weight, lam, x.std(axis=0), use_bias))
+
+
 def test_column_constant_on_the_training_rows_alone():
     x, y = simulate()
     problem = make_problem(x, y, num_val=30)

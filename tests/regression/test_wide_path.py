@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from datamodels.errors import RegressionError
-from datamodels.regression import RegressionWarning, fit, gram_path, lasso, make_problem, memory, scale, wide_path
+from datamodels.regression import (
+    RegressionWarning,
+    certificate,
+    fit,
+    gram_path,
+    lasso,
+    make_problem,
+    memory,
+    scale,
+    wide_path,
+)
 from datamodels.regression.datamodel import CONSTANT
 
 
@@ -217,10 +227,10 @@ def test_the_certificate_in_blocks_is_the_certificate(monkeypatch):
     x, y = simulate(60, 100, 40)
     weight = np.random.default_rng(0).standard_normal((100, 40)) / 10
     arguments = (x, y, np.arange(60), weight, np.full(40, 0.1), x.std(axis=0), True)
-    whole = lasso.certify(*arguments)
-    monkeypatch.setattr(lasso, "CERTIFIED", 3)
+    whole = certificate.certify(*arguments)
+    monkeypatch.setattr(certificate, "TARGETS", 3)
     monkeypatch.setattr(scale, "BLOCK_VALUES", 700)
-    np.testing.assert_allclose(lasso.certify(*arguments), whole, rtol=1e-10)
+    np.testing.assert_allclose(certificate.certify(*arguments), whole, rtol=1e-10)
     problem = make_problem(x, y)
     few = quiet_fit(problem, solver="wide")
     monkeypatch.undo()
