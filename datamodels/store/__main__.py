@@ -7,15 +7,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import NoReturn
 
 from tqdm import tqdm
 
 from datamodels import cli
 from datamodels.cli import Arguments, Option, Verb
+from datamodels.errors import ConfigError, RowError
 from datamodels.store import Store
 from datamodels.store.check import verify
+from datamodels.store.repair import repair
+from datamodels.store.reset import FAILED, failed_rows, parse_rows, reset
 
 DIR = ("dir", "the store")
+VERIFY_HINT = "python -m datamodels.store repair DIR --dry_run says what can be done"
 JSON = Option(bool, "print it as JSON", default=False)
 
 
@@ -40,19 +45,68 @@ def status(args: Arguments) -> int:
 
 def check(args: Arguments) -> int:
     with Store.open(args.positional["dir"]) as store:
-        rows = int(store.completed().sum())
-        total = rows * sum(field.nbytes for field in store.spec.schema.values())
-        started, found = time.monotonic(), 0
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        rows, total = _complete(store)
+        started, found = time.monotonic(), []
+        with _bar(total) as bar:
             for problem in verify(store, bar.update):
-                found += 1
-                print(problem)
-        seconds = time.monotonic() - started
-        print(
-            f"{rows:,} complete rows, {total / 1e9:.3f} GB, {total / 1e9 / max(seconds, 1e-9):.2f} GB/s: "
-            f"{f'problems: {found}' if found else 'all as committed'}"
-        )
+                found.append(problem)
+                if not args["store.json"]:
+                    print(problem)
+        seconds = max(time.monotonic() - started, 1e-9)
+        if args["store.json"]:
+            facts = {"rows": rows, "bytes": total, "seconds": seconds, "problems": [asdict(p) for p in found]}
+            print(json.dumps(facts, indent=1))
+        else:
+            print(
+                f"{rows:,} complete rows, {total / 1e9:.3f} GB, {total / 1e9 / seconds:.2f} GB/s: "
+                + (f"problems: {len(found)}; {VERIFY_HINT}" if found else "all as committed")
+            )
         return 1 if found else 0
+
+
+def _complete(store: Store) -> tuple[int, int]:
+    """How many rows are complete, and the bytes of their values."""
+    rows = int(store.completed().sum())
+    return rows, rows * sum(field.nbytes for field in store.spec.schema.values())
+
+
+def _bar(total: int) -> tqdm[NoReturn]:
+    return tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+
+
+def mend(args: Arguments) -> int:
+    dry = args["store.dry_run"]
+    with Store.open(args.positional["dir"]) as store:
+        repaired: set[int] = set()
+        left: set[int] = set()
+        with _bar(_complete(store)[1]) as bar:
+            for step in repair(store, dry_run=dry, progress=bar.update):
+                (repaired if step.done else left).add(step.row)
+                print(step)
+        rows = f"{len(repaired):,} row{'s' * (len(repaired) != 1)}"
+        summary = f"{rows} would be repaired (--dry_run)" if dry else f"{rows} repaired"
+        print((summary if repaired or left else "nothing to repair") + (f", {len(left):,} left" if left else ""))
+        return 1 if left else 0
+
+
+def clear(args: Arguments) -> int:
+    words, keys = args["store.rows"], args["store.keys"] or []
+    with Store.open(args.positional["dir"]) as store:
+        try:
+            rows = failed_rows(store) if words == FAILED else parse_rows(words, store.num_models)
+        except RowError as error:
+            raise ConfigError(f"--rows ({args.where('store.rows')}): {error}") from None
+        with tqdm(total=len(rows), unit="row", disable=not sys.stderr.isatty()) as bar:
+            done = reset(store, rows, keys=keys, progress=bar.update)
+        if keys:
+            print(
+                f"{', '.join(keys)} cleared of {done.rows:,} rows, which stay complete; {done.untouched:,} had nothing"
+            )
+        else:
+            complete = f", {done.complete:,} of them complete until now" if done.complete else ""
+            untouched = f"; {done.untouched:,} had never been run" if done.untouched else ""
+            print(f"{done.rows:,} rows cleared, to be run again{complete}{untouched}")
+        return 0
 
 
 VERBS = {
@@ -62,7 +116,29 @@ VERBS = {
         {"json": JSON, "failures": Option(int, "how many failed rows to list", default=20, min=0)},
         (DIR,),
     ),
-    "verify": Verb("hold every complete row against its checksums; exit code 1 where one differs", check, {}, (DIR,)),
+    "verify": Verb(
+        "hold every complete row against its checksums; exit code 1 where one differs", check, {"json": JSON}, (DIR,)
+    ),
+    "repair": Verb(
+        "put right what verify finds, without inventing a value",
+        mend,
+        {"dry_run": Option(bool, "say what would be done, change nothing", default=False)},
+        (DIR,),
+        "A complete row with damaged values is cleared, so that it is run again. A flag or a record is put back where "
+        "the checksums of all keys agree with their bytes. Only a damaged optional key is taken back alone. Rows that "
+        "a worker holds are left as they are, and named; then the exit code is 1.",
+    ),
+    "reset": Verb(
+        "clear rows, so that they are run again and their attempts count from 0",
+        clear,
+        {
+            "rows": Option(str, "3,7-9, or the word failed for all rows that failed", required=True),
+            "keys": Option(list, "clear these optional keys alone; the rows stay complete"),
+        },
+        (DIR,),
+        "A complete row is cleared only when its number is given. If a worker holds one of the rows, nothing is "
+        "changed.",
+    ),
 }
 
 

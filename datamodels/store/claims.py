@@ -417,6 +417,12 @@ def ended(record: dict[str, Any] | None) -> bool:
     return record is not None and (bool(record.get("finished")) or _alive(record) is False)
 
 
+def who(folder: Path, run: str) -> str:
+    """A run in words: its id, host and process."""
+    record = run_record(folder, run) or {}
+    return f"run {run} on {record.get('host', 'an unknown host')}, process {record.get('pid', 'unknown')}"
+
+
 def claimed(folder: Path, names: Sequence[str]) -> dict[int, str]:
     """Rows of the claims named, each with the run of the highest generation, but not those of runs that have ended."""
     top: dict[int, int] = {}

@@ -128,13 +128,13 @@ def row_record(row: int, *, state: int, attempts: int, started: float, finished:
     return head + struct.pack("<I", _check(head, ROWS_FILE, row))
 
 
-def key_record_intact(record: np.void, key: str, row: int) -> bool:
-    raw = record.tobytes()
+def key_record_intact(record: np.void | bytes, key: str, row: int) -> bool:
+    raw = record if isinstance(record, bytes) else record.tobytes()
     return raw == bytes(16) or struct.unpack("<I", raw[12:])[0] == _check(raw[:12], record_file(key), row)
 
 
-def row_record_intact(record: np.void, row: int) -> bool:
-    raw = record.tobytes()
+def row_record_intact(record: np.void | bytes, row: int) -> bool:
+    raw = record if isinstance(record, bytes) else record.tobytes()
     return raw == bytes(64) or struct.unpack("<I", raw[60:])[0] == _check(raw[:60], ROWS_FILE, row)
 
 
@@ -165,11 +165,14 @@ def first_problem(
 
 @dataclass(frozen=True)
 class RowInfo:
-    """What `_rows.npy` says of a row that is being committed."""
+    """What `_rows.npy` says of a row that is being committed; it was finished now, by the run that commits it, unless
+    it is the copy of another store's row."""
 
     attempts: int
     started: float
     seed: int
+    finished: float | None = None
+    run: str | None = None
 
 
 def _nothing() -> None:
@@ -213,7 +216,13 @@ def commit(
         rows,
         [
             row_record(
-                row, state=DONE, attempts=info.attempts, started=info.started, finished=now, seed=info.seed, run=run
+                row,
+                state=DONE,
+                attempts=info.attempts,
+                started=info.started,
+                finished=now if info.finished is None else info.finished,
+                seed=info.seed,
+                run=info.run or run,
             )
             for row, info in zip(rows, infos, strict=True)
         ],
@@ -248,6 +257,33 @@ def _invalidate(layout: Layout, rows: Sequence[int], guard: Callable[[], None], 
             touched.append(record_file(key))
     if touched:
         layout.disk.sync(touched)
+
+
+def clear(layout: Layout, rows: Sequence[int], guard: Callable[[], None] = _nothing) -> None:
+    """Make rows as if they had never been run; their bytes stay where they are, and nothing says what they are.
+
+    The flag goes first: a crash leaves the row whole, or incomplete with records that tell how far this came.
+    """
+    _invalidate(layout, rows, guard, np.ones(len(rows), bool))
+    layout.write(ROWS_FILE, rows, [bytes(ROW_RECORD.itemsize)] * len(rows), guard)
+    layout.disk.sync([ROWS_FILE])
+
+
+def clear_keys(layout: Layout, rows: Sequence[int], keys: Sequence[str], guard: Callable[[], None] = _nothing) -> None:
+    """Take back optional keys of rows, which stay what they are otherwise."""
+    for key in keys:
+        layout.write(record_file(key), rows, [bytes(KEY_RECORD.itemsize)] * len(rows), guard)
+    layout.disk.sync([record_file(key) for key in keys])
+
+
+def restored(raw: bytes, intact: Callable[[bytes], bool]) -> bytes | None:
+    """A record as it was before one of its bits flipped, or None where no single bit explains it."""
+    for place in range(8 * len(raw)):
+        whole = bytearray(raw)
+        whole[place // 8] ^= 1 << place % 8
+        if intact(bytes(whole)):
+            return bytes(whole)
+    return None
 
 
 # A journal is one file per row: magic, length of the head, the head in JSON, the values, and a CRC of all before it.

@@ -37,6 +37,7 @@ def create(path: Path, spec: Spec | Mapping[str, Any] | str | Path, *, reserve: 
     except SpecError as error:
         raise SpecError(f"{where}{error}") from None
     spec = resolved.spec
+    assert spec.num_models is not None
     try:
         text = spec_text(spec)
     except SpecError as error:

@@ -124,9 +124,10 @@ class Store:
     def recover(self) -> list[int]:
         """Finish replacements that a crash interrupted; the rows concerned. A row that is held is left to its holder.
 
-        Raises `StoreError` for a journal that is damaged, or where the disk refuses.
+        Raises `StoreError` where the disk refuses, or at the end, for a journal that is damaged.
         """
         rows: list[int] = []
+        damaged: StoreError | None = None
         try:
             names = os.listdir(self.path / commits.JOURNAL)
         except FileNotFoundError:
@@ -138,6 +139,11 @@ class Store:
             try:
                 with self.run.committing([row]) as guard:
                     if (self.path / commits.JOURNAL / str(row)).exists():
+                        try:
+                            commits.read_journal(self.layout, row)
+                        except StoreError as error:
+                            damaged = error
+                            continue
                         commits.apply_journal(self.layout, row, guard)
                         rows.append(row)
                     for name in names:
@@ -145,6 +151,8 @@ class Store:
                             self.disk.remove(f"{commits.JOURNAL}/{name}")
             finally:
                 self.run.release(row, done=False)
+        if damaged is not None:
+            raise damaged
         return rows
 
     @property
@@ -307,18 +315,21 @@ class Store:
 
     def held(self) -> list[int]:
         """Rows that a run has claimed which has not ended."""
-        return [row for row in claimed(self.path, self.disk.list("claims")) if row < self.num_models]
+        return list(self.holders())
+
+    def holders(self) -> dict[int, str]:
+        """The same rows, each with the id of its run."""
+        found = claimed(self.path, self.disk.list("claims"))
+        return {row: run for row, run in found.items() if row < self.num_models}
 
     def last_error(self, row: int) -> str:
-        """Last line of the traceback of a row's newest failed attempt, or "" where there is none."""
-        attempts = sorted(
-            (self.path / "workers" / str(row)).glob("attempt-*.json"),
-            key=lambda p: int(p.stem.partition("-")[2]) if p.stem.partition("-")[2].isdigit() else -1,
-        )
+        """Last line of the traceback of a row's last attempt, or "" where there is none."""
+        attempt = int(self.layout.row_records([row])["attempts"][0])  # not the newest file: a row may have been reset
         try:
-            lines = str(json.loads(attempts[-1].read_text())["traceback"]).strip().splitlines()
+            report = json.loads((self.path / f"workers/{row}/attempt-{attempt}.json").read_text())
+            lines = str(report["traceback"]).strip().splitlines()
             return lines[-1] if lines else ""
-        except (OSError, ValueError, KeyError, IndexError):
+        except (OSError, ValueError, KeyError, TypeError):
             return ""
 
     # ---------------------------------------------------------------- commit
@@ -396,8 +407,17 @@ class Store:
         assignment = self.design.assignment(row, with_mask=key is not None and key not in given)
         return self.audit(assignment)
 
-    def commit_encoded(self, encoded: Mapping[int, Mapping[str, bytes]], *, replace: bool = False) -> None:
-        """`commit_many` of rows that `encode` has checked. Rows of one call may have different optional keys."""
+    def commit_encoded(
+        self,
+        encoded: Mapping[int, Mapping[str, bytes]],
+        *,
+        replace: bool = False,
+        infos: Mapping[int, RowInfo] | None = None,
+    ) -> None:
+        """`commit_many` of rows that `encode` has checked. Rows of one call may have different optional keys.
+
+        `infos` is what their records say, where that is known from elsewhere.
+        """
         rows = sorted(encoded)
         if not rows:
             return
@@ -414,7 +434,7 @@ class Store:
                         f"row {old[0]}: already complete; nothing is written (say replace=True, or "
                         f"--worker.do_if_complete, to replace it)"
                     )
-                infos = self._infos(rows)
+                infos = self._infos(rows) if infos is None else infos
                 for row in old:
                     self._replace(row, encoded[row], infos[row], guard)
                 fresh = [row for row, flag in zip(rows, complete, strict=True) if not flag]
