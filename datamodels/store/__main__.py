@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -14,8 +15,9 @@ from tqdm import tqdm
 from datamodels import cli
 from datamodels.cli import Arguments, Option, Verb
 from datamodels.errors import ConfigError, RowError
-from datamodels.store import Store
+from datamodels.store import Failure, Store
 from datamodels.store.check import verify
+from datamodels.store.merge import FAILURES, Merged, merge
 from datamodels.store.repair import repair
 from datamodels.store.reset import FAILED, failed_rows, parse_rows, reset
 
@@ -109,6 +111,62 @@ def clear(args: Arguments) -> int:
         return 0
 
 
+def join(args: Arguments) -> int:
+    sources = args.positional["stores"]
+    if not sources:
+        raise ConfigError("stores (command line): expected the stores to merge, as in: merge A B --into C")
+    with tqdm(unit="row", disable=not sys.stderr.isatty()) as bar:
+        merged = merge(sources, args["store.into"], progress=partial(_show_rows, bar))
+    return _say_copied(merged)
+
+
+def _show_rows(bar: tqdm[NoReturn], rows: int, total: int) -> None:
+    bar.total = total
+    bar.update(rows - bar.n)
+
+
+def _say_copied(merged: Merged) -> int:
+    """Print what a merge did; exit code 1 where a row that is complete in a source is not in the target."""
+    if merged.created:
+        print(f"{merged.target}: a new store")
+    for source in merged.sources:
+        size = f", {source.nbytes / 1e9:.3f} GB" if source.copied else ""
+        print(f"{source.path}: {source.complete:,} rows complete, {source.copied:,} copied{size}")
+        for row, what in list(source.damaged.items())[:FAILURES]:
+            print(f"  row {row} is damaged: {what}")
+        _more(len(source.damaged) - FAILURES)
+        for failure in source.failures:
+            print(f"  row {failure.row} failed: {_tried(failure)}; left to be run")
+        _more(source.failed - len(source.failures))
+    if merged.busy:
+        print(f"{len(merged.busy):,} rows are being run in {merged.target}: {_few(merged.busy)}")
+    done = f"{merged.completed:,} of {merged.num_models:,} rows complete"
+    if merged.missing:
+        print(
+            f"{merged.target}: {done}; {len(merged.missing):,} that are complete in a source are not: "
+            f"{_few(merged.missing)}; merge again when they are repaired, or no longer being run"
+        )
+        return 1
+    rate = f" ({sum(s.nbytes for s in merged.sources) / 1e9 / merged.seconds:.2f} GB/s)" if merged.copied else ""
+    said = f"{merged.copied:,} copied{rate}" if merged.copied else "nothing to do, it has all that the sources have"
+    print(f"{merged.target}: {done}, {said}")
+    return 0
+
+
+def _tried(failure: Failure) -> str:
+    times = f"{failure.attempts} attempt{'s' * (failure.attempts != 1)}"
+    return f"{times}, {failure.error or 'no traceback'}"
+
+
+def _more(count: int) -> None:
+    if count > 0:
+        print(f"  … and {count:,} more")
+
+
+def _few(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows[:10])) + (" …" if len(rows) > 10 else "")
+
+
 VERBS = {
     "status": Verb(
         "how far it is, and what failed",
@@ -138,6 +196,14 @@ VERBS = {
         (DIR,),
         "A complete row is cleared only when its number is given. If a worker holds one of the rows, nothing is "
         "changed.",
+    ),
+    "merge": Verb(
+        "copy the complete rows of stores, filled on different machines, into one",
+        join,
+        {"into": Option(str, "the store that gets them; made where there is none", required=True)},
+        (("stores...", "the stores to copy from"),),
+        "Checks every row; copies what the target lacks, with its times, run and folder. Refuses, before anything is "
+        "written, stores whose specs or rows disagree. Interrupted, it is run again.",
     ),
 }
 
