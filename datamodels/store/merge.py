@@ -14,6 +14,7 @@ import filecmp
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -40,6 +41,7 @@ from datamodels.store.store import Failure, Store
 
 _FOLDERS_AT_ONCE = 64  # rows whose own folders are copied between two commits
 _NAMED, FAILURES = 10, 20
+_HALF = re.compile(r"\.(.+)\.[0-9]+\.partial")
 
 Convert = Mapping[str, Callable[[memoryview], bytes]]
 """Per key that the target holds in another form: its bytes there, of those in the source."""
@@ -337,6 +339,9 @@ def _bring_folder(source: Path, target: Path, store: Store) -> None:
         for folder, _, names in os.walk(source):
             inside = target / os.path.relpath(folder, source)
             inside.mkdir(parents=True, exist_ok=True)
+            for left in os.listdir(inside):  # by a copy that was killed
+                if (half := _HALF.fullmatch(left)) and half[1] in names and left not in names:
+                    os.unlink(inside / left)
             for name in names:
                 _bring_file(Path(folder) / name, inside / name, sync=store.disk.durable)
     except OSError as error:
