@@ -115,7 +115,7 @@ def _clear(store: Store, rows: list[int], keys: Sequence[str], guard: Callable[[
 
 def _held(store: Store, row: int, held: int, cleared: int) -> StoreError:
     run = store.holders().get(row)
-    others = f" (and {held - 1} rows more are held)" if held > 1 else ""
+    others = f" (and {held - 1} of the others too)" if held > 1 else ""
     so_far = f"{cleared} rows are cleared" if cleared else "nothing is changed"
     return StoreError(
         f"{store.path}: row {row} is held by {who(store.path, run) if run else 'a worker'}{others}; {so_far}; stop it, "
