@@ -7,8 +7,8 @@ with a main that does nothing: it claims each row, checks it, commits it with ch
 `ours/64` does so for 64 rows at a time (main_many). `floor` is pwrite of the same bytes into one preallocated file,
 with fdatasync after each row where rows are durable. zarr is one array with a chunk per row, uncompressed; it has no
 way to wait for the disk, so it stands among the rows that are not durable alone. LMDB is one environment with a
-transaction per row, and locks its writers against each other. Neither of these two claims rows, so theirs are dealt out.
-The sides take turns within a repeat, and what is printed are medians of the repeats.
+transaction per row, and locks its writers against each other. Rows are dealt out to these three, which claim none. The
+sides take turns within a repeat, and what is printed are medians of the repeats.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.ma
+import numpy.random  # these two once here, else every writer imports them with its first row
 
 from datamodels.running.routine import Routine
 from datamodels.running.worker import Worker
