@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -92,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one, index = args.get("worker.index") is not None, args.get("worker.index")
     if args["worker.do_if_complete"] and not one:
         raise ConfigError("--worker.do_if_complete: replaces one complete row; name it with --worker.index=ROW")
+    if one and args.given("worker.rows"):
+        raise ConfigError("--worker.rows: chooses among many rows, and --worker.index names one; leave one of them out")
     leave_with_parent()
     store = Store.open(args["worker.logdir"], sync=args["worker.sync"], time_to_live=args["worker.time_to_live"])
     showing = args["worker.dry_run"] or args["worker.smoke"]
@@ -105,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
     rows: np.ndarray | None = None
     if args.given("worker.rows"):
-        where = f"--worker.rows ({args.where('worker.rows')})"
-        if one:
-            raise ConfigError(f"{where}: chooses among many rows, and --worker.index names one; leave one of them out")
-        rows = select(store.design, args["worker.rows"], where=where)
+        rows = select(store.design, args["worker.rows"], where=f"--worker.rows ({args.where('worker.rows')})")
     module = import_main(args["worker.main_import"])
+    if not showing and getattr(module, "__file__", None):
+        file = Path(str(module.__file__)).resolve()
+        store.describe_code(file, main=module.__name__)
     cli.collect_user(args)
     single = Routine.find(module, "main", available(store, many=False))
     many = Routine.find(module, "main_many", available(store, many=True))
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 print(smoke(worker, row, batch=batch))
         return 0
-    exit_status: int | None = None
+    exit_status = 1
     before = {number: signal.getsignal(number) for number in (*_STOPS, _LAST_ROW)}
     try:
         with contextlib.suppress(OSError), open(store.path / "cmds.txt", "a", encoding="utf-8") as commands:

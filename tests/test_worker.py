@@ -437,7 +437,9 @@ def test_a_main_that_takes_its_process_down(tmp_path, line, code):
     assert "died without leaving a word" in status.failures[0].error
 
 
-MANY = CALLED + """
+MANY = (
+    CALLED
+    + """
 import os
 def main_many(indices):
     for index in indices:
@@ -445,6 +447,7 @@ def main_many(indices):
     if 5 in indices: %s
     return {'x': [%s for index in indices]}
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -486,12 +489,15 @@ HANGS = {
     "many": "time.sleep(60)",
     "many, in C": "sum(itertools.repeat(0))",
 }
-HANGING = CALLED + """
+HANGING = (
+    CALLED
+    + """
 import ctypes, itertools, time
 def hang_here():
         %s
 def main%s
 """
+)
 SINGLE = """(index):
     called(index)
     if index == 2: hang_here()
@@ -553,13 +559,16 @@ def test_a_main_that_is_in_time_is_not_disturbed(tmp_path):
 
 # ------------------------------------------------------------------ being stopped
 
-SLOW = CALLED + """
+SLOW = (
+    CALLED
+    + """
 import os, time
 def main(index):
     called(index)
     if index >= 2 and not os.path.exists("go"): %s
     return {'x': 1.0}
 """
+)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -591,7 +600,9 @@ def test_a_main_that_swallows_the_stop_is_the_last(tmp_path):
 
 def test_a_signal_in_the_middle_of_a_commit_waits_for_it(tmp_path):
     """The signal comes with the values written and the row not yet marked complete."""
-    source = CALLED + """
+    source = (
+        CALLED
+        + """
 import os, signal
 from datamodels.store.disk import PosixDisk
 sync = PosixDisk.sync
@@ -604,6 +615,7 @@ def main(index):
     called(index)
     return {'x': 1.0}
 """
+    )
     job = Job(tmp_path, plain(4), source)
     code, _, err = job.run()
     assert code == 143 and "1 rows committed" in err
@@ -752,3 +764,72 @@ def test_dry_run_names_only_what_a_row_is_given(tmp_path):
     job = Job(tmp_path, DESIGN, f"def main(mask, width, optimiser='adam'): {RETURN}")
     train, evaluation = (job.run(f"--worker.index={row}", "--worker.dry_run")[1] for row in (0, 4))
     assert "main(mask, width, optimiser)" in train and "main(mask, width)" in evaluation
+
+
+# ------------------------------------------------------------------ asked to end by a scheduler, and rows of one kind
+
+LASTS = (
+    CALLED
+    + """
+import os, time
+def main(index):
+    called(index)
+    while not os.path.exists('go'): time.sleep(.02)
+    return {'x': index}
+"""
+)
+
+
+def test_a_worker_that_is_told_that_its_time_is_nearly_up_finishes_its_row(tmp_path):
+    job = Job(tmp_path, plain(10), LASTS)
+    process = job.start()
+    until(job.calls)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
+    (tmp_path / "go").touch()
+    code, out, err = finish(process)
+    assert code == 0 and "1 rows committed" in out
+    assert err == "asked to end: the rows in hand are finished, no other is begun\n"
+    assert sum(job.completed) == sum(job.attempts) == len(job.calls()) == 1
+
+
+@pytest.mark.parametrize(("slurm", "expected"), [({"SLURM_JOB_ID": "7"}, 0), ({}, 143)])
+def test_a_row_is_given_back_when_slurm_asks_a_worker_to_end(tmp_path, monkeypatch, slurm, expected):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    job = Job(tmp_path, plain(10), LASTS)
+    process = job.start(env=slurm)
+    until(job.calls)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == expected and "stopped by SIGTERM; 0 rows committed, rows in hand are given back" in err
+    assert not any(job.attempts)
+
+
+def test_what_main_forked_ends_by_that_signal_as_if_nobody_listened(tmp_path):
+    source = """
+import os, signal
+def main(index):
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os._exit(5)
+    return {'x': os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}
+"""
+    job = Job(tmp_path, plain(2), source)
+    assert job.run()[0] == 0
+    assert job.array("x").tolist() == [-signal.SIGUSR1] * 2
+
+
+def test_a_worker_runs_the_rows_asked_for(tmp_path):
+    job = Job(tmp_path, plain(10), WORKS_AT_ONCE)
+    code, out, err = job.run("--worker.rows=2-4,7")
+    assert code == 0 and "4 rows committed" in out, err
+    assert job.completed == [row in (2, 3, 4, 7) for row in range(10)]
+    code, _, err = job.run("--worker.rows=2", "--worker.index=2")
+    assert code == 2 and "chooses among many rows, and --worker.index names one" in err
+    code, _, err = job.run("--worker.rows=2-11")
+    assert code == 2 and "'2-11': expected rows as in 0-99, ascending and in [0, 10)" in err
+    assert "row        5 of 10" in job.run("--worker.rows=4-5", "--worker.dry_run")[1]
+
+
+WORKS_AT_ONCE = "def main(index): return {'x': index}"

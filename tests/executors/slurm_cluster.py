@@ -34,7 +34,7 @@ SwitchType=switch/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_min_interval=10000
+SchedulerParameters=sched_min_interval=10000,sched_interval=1,bf_interval=1
 SlurmdTimeout=10
 KillWait=5
 ReturnToService=2

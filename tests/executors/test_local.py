@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 from datamodels.executors.local import THREAD_VARIABLES, LocalExecutor, capped_threads, cores
+from tests.executors.conformance import Conformance
 from tests.jobs import alive, until
+
+
+class TestLocal(Conformance):
+    pass
 
 
 @pytest.fixture
