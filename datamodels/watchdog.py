@@ -51,6 +51,7 @@ def end(pid: int, logdir: str, stacks: str, rows: list[str]) -> None:
 
     The worker is stopped before its rows are recorded and killed after: whoever sees it end sees the record too.
     """
+    from datamodels.running.output import printed
     from datamodels.store import Store
 
     if os.getppid() != pid:
@@ -61,6 +62,7 @@ def end(pid: int, logdir: str, stacks: str, rows: list[str]) -> None:
     try:
         with open(stacks, encoding="utf-8", errors="replace") as file:
             stack = file.read()
+        run = os.path.basename(stacks).removesuffix(".stacks")
         with Store.open(logdir) as store:
             for item in rows:
                 row, attempt = map(int, item.split(":"))
@@ -70,6 +72,8 @@ def end(pid: int, logdir: str, stacks: str, rows: list[str]) -> None:
                         attempt,
                         f"{stack}\nJobTimeout: row {row} ran longer than --worker.job_timeout and did not stop when "
                         f"asked; the process was killed",
+                        run=run,
+                        log=printed(store.path, run, row),
                     )
     finally:
         os.kill(pid, signal.SIGKILL)

@@ -20,8 +20,9 @@ import numpy as np
 from datamodels.design import Assignment, check_index
 from datamodels.errors import ClaimLost, RowError, StoreError
 from datamodels.running.ends import Deadline, JobTimeout, Stopped, last_line
+from datamodels.running.output import Output, printed
 from datamodels.running.routine import Routine, seed_everything
-from datamodels.store import Store
+from datamodels.store import Store, describe
 from datamodels.store import commit as commits
 
 _AHEAD = 256  # rows looked at together where others have been
@@ -57,6 +58,7 @@ class Worker:
         self.tally = Tally()
         self._attempts: dict[int, int] = {}  # rows claimed now -> number of this attempt
         self._deadline = Deadline(store, job_timeout)
+        self._output = Output(store)
         self._interruptible = True
         self._stop: int | None = None  # the signal that asked this process to end
         self._last = False  # asked to end after the rows in hand
@@ -66,6 +68,7 @@ class Worker:
 
     def run_all(self, bar: Callable[[int], object] = lambda rows: None) -> None:
         """Claim and run pending rows until none is left that this worker could claim."""
+        self._output.open()
         while True:
             moved = False
             fresh, again = self._pending()
@@ -146,6 +149,8 @@ class Worker:
             f"The process that ran this row died without leaving a word, {attempts} times (killed, out of memory, or "
             f"the machine went down); the last one was runs/{run}.json",
             finished=float(record["started"]),  # it is known when it began
+            run=run,
+            log=printed(self.store.path, run, row),
         )
         print(f"row {row}: its process died {attempts} times; it will not be tried again", file=sys.stderr, flush=True)
 
@@ -159,6 +164,7 @@ class Worker:
     def run_one(self, row: int, *, do_if_complete: bool = False) -> bool:
         """Run one row, and again while it fails and may be retried; whether it is complete at the end."""
         row = check_index(row, self.store.num_models)
+        self._output.open()
         replace = do_if_complete and bool(self.store.layout.completed([row])[0])
         tried = 0
         while not self.tally.committed and not self.tally.given_up and not self._last:
@@ -311,6 +317,7 @@ class Worker:
 
     @contextlib.contextmanager
     def _watched(self, rows: list[int]) -> Iterator[None]:
+        self._output.begin({row: self._attempts[row] for row in rows})
         with self._deadline.over([(row, self._attempts[row]) for row in rows]):
             yield
         if self._stop is not None:  # main went on in spite of it
@@ -361,6 +368,7 @@ class Worker:
 
     def _done(self, row: int, *, replace: bool) -> None:
         self.tally.committed += 1
+        self._note()
         self._attempts.pop(row, None)
         self.store.run.release(row, done=not replace)
 
@@ -369,7 +377,9 @@ class Worker:
             attempts = self._attempts.pop(row)
             again = attempts <= self._limit
             try:
-                where = self.store.fail(row, attempts, "".join(traceback.format_exception(error)))
+                where = self.store.fail(
+                    row, attempts, "".join(traceback.format_exception(error)), log=self._output.kept()
+                )
                 place = f"; traceback in {where}"
             except StoreError as full:
                 place = f"; and its traceback could not be kept ({full})"
@@ -381,7 +391,11 @@ class Worker:
             )
             self.tally.failed += 1
             self.tally.given_up += not again
+            self._note()
             self.store.run.release(row, done=False)
+
+    def _note(self) -> None:
+        self.store.run.note(rows_done=self.tally.committed, rows_failed=self.tally.failed, **describe.software())
 
     # ------------------------------------------------------------------ signals
 
@@ -425,6 +439,7 @@ class Worker:
             self.store.run.release(row, done=False)
         self._attempts.clear()
         self._deadline.close()
+        self._output.close()
 
     def __enter__(self) -> Self:
         return self

@@ -19,7 +19,6 @@ import json
 import os
 import random
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -91,6 +90,13 @@ def _now() -> float:
     return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # somebody removed it
+        return None
+
+
 class Run:
     """This process as one of a store's runs: its record, its heartbeat, its commit lock and the claims it holds."""
 
@@ -109,10 +115,11 @@ class Run:
             "run": self.id,
             **vars(Process.current()),
             "argv": sys.orig_argv,  # sys.argv is the user's while their module runs
+            "cwd": _current_folder(),
             "started": time.time(),
-            "python": sys.version.split()[0],
             "finished": None,
             "exit": None,
+            "time_to_live": time_to_live,
             "beat": 0,
             **(describe or {}),
         }
@@ -161,6 +168,11 @@ class Run:
             with files.whole(self.folder / "runs" / f"{self.id}.json", sync=False) as file:
                 file.write(json.dumps(self._record, indent=1).encode())
             self._last_beat = now
+
+    def note(self, **facts: Any) -> None:
+        """Have the record say more; on the disk with the next heartbeat, or when the run is closed."""
+        with self._mutex:
+            self._record.update(facts)
 
     def close(self, exit_status: int | None = None) -> None:
         """Give back what is held and write how it ended."""
@@ -417,6 +429,22 @@ def ended(record: dict[str, Any] | None) -> bool:
     return record is not None and (bool(record.get("finished")) or _alive(record) is False)
 
 
+def life(folder: Path, run: str) -> str:
+    """Whether a run goes on: running, ended, died, silent or unknown; see `Store.run_of`."""
+    record = run_record(folder, run)
+    if record is None:
+        return "unknown"
+    if record.get("finished"):
+        return "ended"
+    alive = _alive(record)
+    if alive is not None:
+        return "running" if alive else "died"
+    with contextlib.suppress(OSError):
+        silent = time.time() - os.stat(folder / "runs" / f"{run}.json").st_mtime
+        return "silent" if silent > record.get("time_to_live", TIME_TO_LIVE) else "running"
+    return "unknown"
+
+
 def who(folder: Path, run: str) -> str:
     """A run in words: its id, host and process."""
     record = run_record(folder, run) or {}
@@ -450,19 +478,3 @@ def _alive(record: dict[str, Any] | None) -> bool | None:
         )
     except KeyError:
         return None
-
-
-def describe_process(cwd: Path | None = None) -> dict[str, Any]:
-    """The git commit and whether the tree differs from it, for the run's record; empty outside a checkout."""
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *args], cwd=cwd, capture_output=True, text=True, timeout=5, check=False)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return {}
-    return {"git_commit": commit, "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}

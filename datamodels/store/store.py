@@ -9,9 +9,8 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,8 +21,9 @@ from datamodels.design import Assignment, Design, check_index, resolve
 from datamodels.errors import ClaimLost, RowError, SpecError, StoreError
 from datamodels.spec import COMPLETED, Field, Spec, nearest
 from datamodels.store import commit as commits
+from datamodels.store import describe
 from datamodels.store.arrays import SPEC_FILE, arrays, check_header
-from datamodels.store.claims import TIME_TO_LIVE, Run, claimed, describe_process
+from datamodels.store.claims import TIME_TO_LIVE, Run, claimed, life, run_record
 from datamodels.store.commit import COMPLETED_FILE, ROWS_FILE, Layout, RowInfo
 from datamodels.store.create import MARKER, create
 from datamodels.store.disk import PosixDisk, filesystem
@@ -63,7 +63,12 @@ class Store:
         self.path, self.spec, self.design = path, spec, design
         self.num_models: int = spec.num_models
         self.layout, self.disk, self._time_to_live = layout, disk, time_to_live
+        # What a commit of a row must have and may have, and how its tracebacks are named; see `KeyStore`.
+        self.required = tuple(key for key, field in spec.schema.items() if field.required)
+        self.written = tuple(spec.schema)
+        self.attempt_name = "attempt"
         self._run: Run | None = None
+        self._code: dict[str, Any] = {}
         self._making_run = threading.Lock()
 
     # ------------------------------------------------------------ make, open
@@ -82,7 +87,7 @@ class Store:
         return cls.open(path, sync=sync)
 
     @classmethod
-    def open(cls, path: str | Path, *, sync: bool = True, time_to_live: float = TIME_TO_LIVE) -> Store:
+    def open(cls, path: str | Path, *, sync: bool = True, time_to_live: float = TIME_TO_LIVE) -> Self:
         """The store at `path`.
 
         `sync=False` commits without waiting for the disk: rows then survive a killed process but not a power cut.
@@ -160,10 +165,38 @@ class Store:
         """This process as a run of the store; made when first asked for, closed with the store or the process."""
         with self._making_run:
             if self._run is None or self._run.pid != os.getpid():  # a forked child is a run of its own
-                self._run = Run(
-                    self.path, network=self.disk.network, time_to_live=self._time_to_live, describe=describe_process()
-                )
+                facts = {**(self._code or describe.code()), **describe.software()}
+                self._run = Run(self.path, network=self.disk.network, time_to_live=self._time_to_live, describe=facts)
             return self._run
+
+    def describe_code(self, file: Path, **facts: Any) -> None:
+        """Have this process's run record say that it runs `file`, and which commit that is; `facts` stand there too."""
+        self._code = {**describe.code(file), **facts}
+        if self._run is not None:
+            self._run.note(**self._code)
+
+    def run_of(self, row: int) -> dict[str, Any] | None:
+        """The record of the run that made a row, or that tried it last; None where nobody has.
+
+        It is `runs/<run>.json`: run, host, pid, argv, cwd, main, file, git_commit, git_dirty, versions, cuda, started
+        and finished in seconds since 1970, exit, rows_done, rows_failed, as far as they are known; and `state`:
+
+        running : it lives
+        ended : with `exit`, its exit code, or None where the process did not say
+        died : its process is gone and wrote no end: it was killed
+        silent : of another machine, and no heartbeat came for its `time_to_live` seconds, by the clock of this one
+        unknown : its record is missing
+
+        Raises `RowError` for an index that is no row, and `StoreError` where the row's record is damaged.
+        """
+        record = self.layout.row_records([check_index(row, self.num_models)])[0]
+        if not commits.row_record_intact(record, row):
+            hint = f"python -m datamodels.store repair {self.path}"
+            raise StoreError(f"{self.path}: row {row}: its record is damaged; see to it with {hint}")
+        if not record["attempts"]:
+            return None
+        run = record["run"].decode()
+        return {"run": run, **(run_record(self.path, run) or {}), "state": life(self.path, run)}
 
     def close(self, exit_status: int | None = None) -> None:
         if self._run is not None:
@@ -295,6 +328,14 @@ class Store:
         """The bytes of `rows`, ascending, as they stand on disk; unchecked."""
         return self.layout.pick(commits.key_file(field.name), rows, field.nbytes)
 
+    def within(self, rows: np.ndarray | None) -> np.ndarray | None:
+        """Those of some rows, bool (num_models,) or None for all, that this store has anything to do with."""
+        return rows
+
+    def already(self, row: int) -> str:
+        """Why there is nothing to do for a complete row."""
+        return "already complete, nothing to do (--worker.do_if_complete runs it again)"
+
     def status(self, *, failures: int = 20, rows: np.ndarray | None = None) -> Status:
         """How far the store is, or those of its rows that the mask `rows`, bool (num_models,), names.
 
@@ -326,7 +367,7 @@ class Store:
         """Last line of the traceback of a row's last attempt, or "" where there is none."""
         attempt = int(self.layout.row_records([row])["attempts"][0])  # not the newest file: a row may have been reset
         try:
-            report = json.loads((self.path / f"workers/{row}/attempt-{attempt}.json").read_text())
+            report = json.loads((self.path / f"workers/{row}/{self.attempt_name}-{attempt}.json").read_text())
             lines = str(report["traceback"]).strip().splitlines()
             return lines[-1] if lines else ""
         except (OSError, ValueError, KeyError, TypeError):
@@ -352,7 +393,7 @@ class Store:
                     f"{where}: unknown key {key!r}{hint}{' If not,' if hint.endswith('?') else ';'} add it to the "
                     f"schema, or leave it out"
                 )
-        missing = [k for k, field in self.spec.schema.items() if field.required and k not in values]
+        missing = [k for k in self.required if k not in values]
         if missing:
             raise RowError(
                 f"{where}: required key{'s' if len(missing) > 1 else ''} {', '.join(map(repr, missing))} "
@@ -421,37 +462,42 @@ class Store:
         rows = sorted(encoded)
         if not rows:
             return
+        with self._borrowing(rows), self.run.committing(rows) as guard:
+            complete = self.layout.completed(rows)
+            old = [row for row, flag in zip(rows, complete, strict=True) if flag]
+            if old and not replace:
+                raise RowError(
+                    f"row {old[0]}: already complete; nothing is written (say replace=True, or "
+                    f"--worker.do_if_complete, to replace it)"
+                )
+            infos = self._infos(rows) if infos is None else infos
+            for row in old:
+                self._replace(row, encoded[row], infos[row], guard)
+            fresh = [row for row, flag in zip(rows, complete, strict=True) if not flag]
+            stale = set(commits.journals(self.layout)).intersection(fresh)
+            for keys in sorted({tuple(encoded[row]) for row in fresh}):
+                batch = [row for row in fresh if tuple(encoded[row]) == keys]
+                commits.commit(
+                    self.layout,
+                    batch,
+                    {key: [encoded[row][key] for row in batch] for key in keys},
+                    [infos[row] for row in batch],
+                    self.run.id,
+                    guard,
+                    complete=np.zeros(len(batch), bool),
+                )
+            for row in stale:  # a replacement that a crash cut short; applied later, it would undo this commit
+                self.disk.remove(f"{commits.JOURNAL}/{row}")
+
+    @contextlib.contextmanager
+    def _borrowing(self, rows: Sequence[int]) -> Iterator[None]:
+        """Rows claimed for the duration, where this process has not claimed them. `ClaimLost` where another has."""
         borrowed = [row for row in rows if row not in self.run.claims]
         try:
             for row in borrowed:
                 if not self.run.take(row):
                     raise ClaimLost(f"row {row}: another worker is running it; wait for it, or stop it")
-            with self.run.committing(rows) as guard:
-                complete = self.layout.completed(rows)
-                old = [row for row, flag in zip(rows, complete, strict=True) if flag]
-                if old and not replace:
-                    raise RowError(
-                        f"row {old[0]}: already complete; nothing is written (say replace=True, or "
-                        f"--worker.do_if_complete, to replace it)"
-                    )
-                infos = self._infos(rows) if infos is None else infos
-                for row in old:
-                    self._replace(row, encoded[row], infos[row], guard)
-                fresh = [row for row, flag in zip(rows, complete, strict=True) if not flag]
-                stale = set(commits.journals(self.layout)).intersection(fresh)
-                for keys in sorted({tuple(encoded[row]) for row in fresh}):
-                    batch = [row for row in fresh if tuple(encoded[row]) == keys]
-                    commits.commit(
-                        self.layout,
-                        batch,
-                        {key: [encoded[row][key] for row in batch] for key in keys},
-                        [infos[row] for row in batch],
-                        self.run.id,
-                        guard,
-                        complete=np.zeros(len(batch), bool),
-                    )
-                for row in stale:  # a replacement that a crash cut short; applied later, it would undo this commit
-                    self.disk.remove(f"{commits.JOURNAL}/{row}")
+            yield
         finally:
             for row in borrowed:
                 self.run.release(row, done=False)
@@ -493,15 +539,30 @@ class Store:
         self._write_rows(rows, commits.RUNNING, attempts, started=time.time(), finished=0.0, complete=complete)
         return attempts
 
-    def fail(self, row: int, attempts: int, traceback: str, *, finished: float | None = None) -> Path:
-        """Record a failed attempt of a claimed row, that ended now or `finished`; where its traceback is."""
-        name = f"workers/{row}/attempt-{attempts}.json"
-        report = {"row": row, "attempt": attempts, "run": self.run.id, "time": time.time(), "traceback": traceback}
-        self.disk.put(name, (json.dumps(report, indent=1) + "\n").encode())
+    def fail(
+        self,
+        row: int,
+        attempts: int,
+        traceback: str,
+        *,
+        finished: float | None = None,
+        run: str | None = None,
+        log: bytes = b"",
+    ) -> Path:
+        """Record a failed attempt of a claimed row, that ended now or `finished`; where its traceback is.
+
+        `run` made the attempt, where it was not this one; `log` is what it printed, and stands beside the traceback.
+        """
+        name, run = f"workers/{row}/{self.attempt_name}-{attempts}", run or self.run.id
+        report = {"row": row, "attempt": attempts, "run": run, "time": time.time(), "traceback": traceback}
+        if log:
+            with contextlib.suppress(StoreError):  # the traceback may still find a place
+                self.disk.put(f"{name}.log", log)
+        self.disk.put(f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
         started = float(self.layout.row_records([row])["started"][0])
         finished = time.time() if finished is None else finished
-        self._write_rows([row], commits.FAILED, [attempts], started=started, finished=finished)
-        return self.path / name
+        self._write_rows([row], commits.FAILED, [attempts], started=started, finished=finished, run=run)
+        return self.path / f"{name}.json"
 
     def give_back(self, row: int, attempts: int) -> None:
         """Undo `begin`: the row was stopped from outside, which says nothing against it."""
@@ -516,6 +577,7 @@ class Store:
         started: float,
         finished: float,
         complete: np.ndarray | None = None,
+        run: str | None = None,
     ) -> None:
         # The record of a complete row belongs to the values that it holds until they are replaced.
         fresh = [i for i, flag in enumerate(self.layout.completed(rows) if complete is None else complete) if not flag]
@@ -529,15 +591,11 @@ class Store:
                 started=started,
                 finished=finished,
                 seed=self.design.seed(rows[i]),
-                run=self.run.id,
+                run=run or self.run.id,
             )
             for i in fresh
         ]
         self.layout.write(ROWS_FILE, [rows[i] for i in fresh], records, lambda: None)
-
-    @cached_property
-    def required(self) -> tuple[str, ...]:
-        return tuple(key for key, field in self.spec.schema.items() if field.required)
 
 
 def _some(keys: Iterable[str], most: int = 5) -> str:
