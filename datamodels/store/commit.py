@@ -22,7 +22,8 @@ from datamodels.errors import DatamodelsError, StoreError
 from datamodels.spec import COMPLETED, Field
 from datamodels.store.disk import Disk
 
-VALID = 1  # of a key record; all zero is absent
+# Of a key record. All zero is absent; an optional key that is being filled in afterwards counts its attempts there.
+VALID, KEY_FAILED, KEY_STARTED = 1, 2, 3
 PENDING, RUNNING, DONE, FAILED = 0, 1, 2, 3
 
 KEY_RECORD = np.dtype([("status", "<u4"), ("attempt", "<u4"), ("crc32", "<u4"), ("check", "<u4")])
@@ -118,8 +119,8 @@ def _check(record: bytes, name: str, row: int) -> int:
     return zlib.crc32(struct.pack("<q", row) + name.encode() + record)
 
 
-def key_record(key: str, row: int, *, attempt: int, crc32: int) -> bytes:
-    head = struct.pack("<III", VALID, attempt, crc32)
+def key_record(key: str, row: int, *, attempt: int, crc32: int, status: int = VALID) -> bytes:
+    head = struct.pack("<III", status, attempt, crc32)
     return head + struct.pack("<I", _check(head, record_file(key), row))
 
 
@@ -228,7 +229,8 @@ def commit(
         ],
         guard,
     )
-    layout.disk.sync([*(record_file(key) for key in blobs), ROWS_FILE])
+    # Records of keys that the row does not have, too: who took them back may not have lived to sync that.
+    layout.disk.sync([*(record_file(key) for key in layout.fields), ROWS_FILE])
 
     try:
         layout.write(COMPLETED_FILE, rows, [b"\1"] * len(rows), guard)
@@ -238,39 +240,70 @@ def commit(
         # done without ever having synced them, so they are taken back.
         with contextlib.suppress(DatamodelsError):
             layout.write(COMPLETED_FILE, rows, [b"\0"] * len(rows), guard)
+            layout.disk.sync([COMPLETED_FILE])
         raise
 
 
 def _invalidate(layout: Layout, rows: Sequence[int], guard: Callable[[], None], complete: np.ndarray) -> None:
     """Take back what records and `_completed` say of bytes that are about to change. A fresh row costs only reads."""
-    done = [row for row, flag in zip(rows, complete, strict=True) if flag]
+    stale = {
+        key: [row for row, record in zip(rows, layout.records(key, rows), strict=True) if record.tobytes() != bytes(16)]
+        for key in layout.fields
+    }
+    # Where records are left, a flag that is seen to be 0 may have been taken back by a process that did not live to
+    # sync it.
+    done = {row for row, flag in zip(rows, complete, strict=True) if flag}.union(*stale.values())
     if done:
-        layout.write(COMPLETED_FILE, done, [b"\0"] * len(done), guard)
+        layout.write(COMPLETED_FILE, sorted(done), [b"\0"] * len(done), guard)
         layout.disk.sync([COMPLETED_FILE])
-    touched = []
-    for key in layout.fields:
-        stale = [
-            row for row, record in zip(rows, layout.records(key, rows), strict=True) if record.tobytes() != bytes(16)
-        ]
-        if stale:
-            layout.write(record_file(key), stale, [bytes(16)] * len(stale), guard)
-            touched.append(record_file(key))
+    touched = [key for key in stale if stale[key]]
+    for key in touched:
+        layout.write(record_file(key), stale[key], [bytes(16)] * len(stale[key]), guard)
     if touched:
-        layout.disk.sync(touched)
+        layout.disk.sync([record_file(key) for key in touched])
+
+
+def fill(
+    layout: Layout,
+    rows: Sequence[int],
+    blobs: Mapping[str, Sequence[bytes]],
+    attempts: Sequence[int],
+    guard: Callable[[], None] = _nothing,
+) -> None:
+    """Write optional keys of complete rows, which stay complete all along; durable when this returns.
+
+    `blobs` holds per key one encoded value per row. A crash leaves each key absent, or exact, in each row.
+    """
+    for key in blobs:
+        again = [row for row, record in zip(rows, layout.records(key, rows), strict=True) if record["status"] == VALID]
+        if again:
+            clear_keys(layout, again, [key], guard)
+        layout.write(key_file(key), rows, blobs[key], guard)
+    layout.disk.sync([key_file(key) for key in blobs])
+    for key in blobs:
+        records = [
+            key_record(key, row, attempt=attempt, crc32=zlib.crc32(blob))
+            for row, attempt, blob in zip(rows, attempts, blobs[key], strict=True)
+        ]
+        layout.write(record_file(key), rows, records, guard)
+    layout.disk.sync([record_file(key) for key in blobs])
 
 
 def clear(layout: Layout, rows: Sequence[int], guard: Callable[[], None] = _nothing) -> None:
     """Make rows as if they had never been run; their bytes stay where they are, and nothing says what they are.
 
-    The flag goes first: a crash leaves the row whole, or incomplete with records that tell how far this came.
+    A crash leaves a row whole but for its flag, or no longer one that its record calls done: the flag goes first, and
+    the key records last, so that no row can be put together again without its optional keys.
     """
-    _invalidate(layout, rows, guard, np.ones(len(rows), bool))
+    layout.write(COMPLETED_FILE, rows, [b"\0"] * len(rows), guard)
+    layout.disk.sync([COMPLETED_FILE])
     layout.write(ROWS_FILE, rows, [bytes(ROW_RECORD.itemsize)] * len(rows), guard)
     layout.disk.sync([ROWS_FILE])
+    clear_keys(layout, rows, list(layout.fields), guard)
 
 
 def clear_keys(layout: Layout, rows: Sequence[int], keys: Sequence[str], guard: Callable[[], None] = _nothing) -> None:
-    """Take back optional keys of rows, which stay what they are otherwise."""
+    """Take back keys of rows: optional ones where the rows are complete."""
     for key in keys:
         layout.write(record_file(key), rows, [bytes(KEY_RECORD.itemsize)] * len(rows), guard)
     layout.disk.sync([record_file(key) for key in keys])
