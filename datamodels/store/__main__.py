@@ -17,6 +17,7 @@ from datamodels.cli import Arguments, Option, Verb
 from datamodels.errors import ConfigError, RowError
 from datamodels.store import Failure, Store
 from datamodels.store.check import verify
+from datamodels.store.compact import compact
 from datamodels.store.merge import FAILURES, Merged, merge
 from datamodels.store.repair import repair
 from datamodels.store.reset import FAILED, failed_rows, parse_rows, reset
@@ -120,6 +121,15 @@ def join(args: Arguments) -> int:
     return _say_copied(merged)
 
 
+def pack(args: Arguments) -> int:
+    with tqdm(unit="row", disable=not sys.stderr.isatty()) as bar:
+        done = compact(args.positional["dir"], args["store.into"], progress=partial(_show_rows, bar))
+    code = _say_copied(done.merged)
+    smaller = f"{done.before:,} bytes, {done.after:,} after ({done.before / done.after:.1f} times smaller)"
+    print(f"{', '.join(done.keys)} packed: {smaller}")
+    return code
+
+
 def _show_rows(bar: tqdm[NoReturn], rows: int, total: int) -> None:
     bar.total = total
     bar.update(rows - bar.n)
@@ -130,8 +140,9 @@ def _say_copied(merged: Merged) -> int:
     if merged.created:
         print(f"{merged.target}: a new store")
     for source in merged.sources:
-        size = f", {source.nbytes / 1e9:.3f} GB" if source.copied else ""
-        print(f"{source.path}: {source.complete:,} rows complete, {source.copied:,} copied{size}")
+        added = "".join(f", {key} added to {count:,} that were there" for key, count in source.keys.items() if count)
+        size = f", {source.nbytes / 1e9:.3f} GB" if source.nbytes else ""
+        print(f"{source.path}: {source.complete:,} rows complete, {source.copied:,} copied{added}{size}")
         for row, what in list(source.damaged.items())[:FAILURES]:
             print(f"  row {row} is damaged: {what}")
         _more(len(source.damaged) - FAILURES)
@@ -139,16 +150,18 @@ def _say_copied(merged: Merged) -> int:
             print(f"  row {failure.row} failed: {_tried(failure)}; left to be run")
         _more(source.failed - len(source.failures))
     if merged.busy:
-        print(f"{len(merged.busy):,} rows are being run in {merged.target}: {_few(merged.busy)}")
+        one = len(merged.busy) == 1
+        print(f"{len(merged.busy):,} row{' is' if one else 's are'} being run in {merged.target}: {_few(merged.busy)}")
     done = f"{merged.completed:,} of {merged.num_models:,} rows complete"
     if merged.missing:
+        again = "repaired, or no longer being run; until then keep the sources"
         print(
-            f"{merged.target}: {done}; {len(merged.missing):,} that are complete in a source are not: "
-            f"{_few(merged.missing)}; merge again when they are repaired, or no longer being run"
+            f"{merged.target}: {done}; complete in a source and not here: {_few(merged.missing)} "
+            f"({len(merged.missing):,}); merge again when they are {again}"
         )
         return 1
-    rate = f" ({sum(s.nbytes for s in merged.sources) / 1e9 / merged.seconds:.2f} GB/s)" if merged.copied else ""
-    said = f"{merged.copied:,} copied{rate}" if merged.copied else "nothing to do, it has all that the sources have"
+    gigabytes = sum(source.nbytes for source in merged.sources) / 1e9
+    said = f"{merged.copied:,} copied ({gigabytes / merged.seconds:.2f} GB/s)" if gigabytes else "nothing to do"
     print(f"{merged.target}: {done}, {said}")
     return 0
 
@@ -204,6 +217,14 @@ VERBS = {
         (("stores...", "the stores to copy from"),),
         "Checks every row; copies what the target lacks, with its times, run and folder. Refuses, before anything is "
         "written, stores whose specs or rows disagree. Interrupted, it is run again.",
+    ),
+    "compact": Verb(
+        "copy a store to a new one whose bool arrays are packed into bits",
+        pack,
+        {"into": Option(str, "the new store, or one that an interrupted compact has begun", required=True)},
+        (DIR,),
+        "Checks every row and copies those that are complete, with their times, runs and folders. Interrupted, it is "
+        "run again. The store itself is not changed.",
     ),
 }
 

@@ -49,12 +49,14 @@ Convert = Mapping[str, Callable[[memoryview], bytes]]
 
 @dataclass
 class Taken:
-    """What a source gave: rows and bytes; what is wrong with complete rows of it; how many rows that failed in it are
-    not complete in the target, and the first of them."""
+    """What a source gave: rows, to how many rows that were there it added which optional key, and the bytes of both;
+    what is wrong with complete rows of it; how many rows that failed in it are not complete in the target, and the
+    first of them."""
 
     path: Path
     complete: int
     copied: int = 0
+    keys: dict[str, int] = field(default_factory=dict)
     nbytes: int = 0
     damaged: dict[int, str] = field(default_factory=dict)
     failed: int = 0
@@ -65,8 +67,9 @@ class Taken:
 class Merged:
     """What a merge did.
 
-    `busy` are rows that somebody is running, or has just completed, in the target, and `missing` all rows complete in a
-    source and not in the target, those included: where it is empty, the target has everything that the sources have.
+    `busy` are rows that somebody is running, or has just completed, in the target, and `missing` all rows that are
+    complete in a source and not, or not with all their keys, in the target: where it is empty, the target has all that
+    the sources have.
     """
 
     target: Path
@@ -91,8 +94,9 @@ def merge(
 ) -> Merged:
     """Copy the complete rows of `sources` that the store `into` lacks; it is made where there is none.
 
-    Rows of the first source that has them whole are taken. `progress` is told of rows looked at, and of how many there
-    are. A row that fails in a source, or is damaged there, is left to be run.
+    Rows of the first source that has them whole are taken; optional keys that only another has are added to them. A row
+    of the target stays as it is but for optional keys that it does not have. A row that fails in a source, or is
+    damaged there, is left to be run. `progress` is told of rows looked at, and of how many there are.
 
     Raises `StoreError`, with nothing written, where specs differ (a store may have fewer rows than the target, if it is
     the target before it grew), or where a row is complete in two of the stores with different bytes.
@@ -102,8 +106,8 @@ def merge(
         target = stack.enter_context(Store.open(into)) if (Path(into) / SPEC_FILE).exists() else None
         largest = max(opened, key=lambda store: store.num_models) if target is None else target
         for store in opened:
-            if target is not None and os.path.samefile(store.path, target.path):
-                raise StoreError(f"{store.path}: is the target and a source at once; name it once, behind --into")
+            if target is not None:
+                refuse_itself(store, target)
             check_same_spec(store, largest)
         _refuse_disagreement([*([] if target is None else [target]), *opened])
         created = target is None
@@ -115,15 +119,19 @@ def merge(
 # ------------------------------------------------------------------------- before anything is written
 
 
-def check_same_spec(store: Store, target: Store) -> None:
-    """`StoreError` unless a store's spec is the target's, or was before the target grew."""
-    different = _difference(store, target)
-    if different:
+def refuse_itself(store: Store, target: Store) -> None:
+    if os.path.samefile(store.path, target.path):
+        raise StoreError(f"{target.path}: is the target and a source at once; name another behind --into")
+
+
+def check_same_spec(store: Store, target: Store, spec: Spec | None = None) -> None:
+    """`StoreError` unless a store's spec, or `spec` in its place, is the target's, or was before the target grew."""
+    if different := _difference(store, spec or store.spec, target):
         raise StoreError(f"{store.path} and {target.path} are not of one spec, nothing is written: {different}")
 
 
-def _difference(store: Store, target: Store) -> str | None:
-    mine, theirs = _schema(store.spec), _schema(target.spec)
+def _difference(store: Store, spec: Spec, target: Store) -> str | None:
+    mine, theirs = _schema(spec), _schema(target.spec)
     for key in {**theirs, **mine}:
         if key not in mine or key not in theirs:
             lacking, has = (store, target) if key in theirs else (target, store)
@@ -226,7 +234,7 @@ def copy_rows(
     wanted = np.zeros(target.num_models, bool)
     for source in sources:
         wanted[_lacking(source, target)] = True
-    total, busy = int(wanted.sum()), set[int]()
+    looked, total, busy = 0, int(wanted.sum()), set[int]()
     for source, mine in zip(sources, taken, strict=True):
         rows = _lacking(source, target)
         if len(rows):
@@ -239,11 +247,24 @@ def copy_rows(
             mine.damaged.update(batch.damaged)
             mine.copied += len(batch.rows) - len(left)
             mine.nbytes += batch.nbytes
-            wanted[[*batch.rows, *batch.damaged]] = False
-            progress(total - int(wanted.sum()), total)
+            fresh = [*batch.rows, *batch.damaged]  # a damaged row may be whole in the next source, and counts once
+            looked += int(wanted[fresh].sum())
+            wanted[fresh] = False
+            progress(looked, total)
+        for key, rows in _lacking_keys(source, target):
+            total += len(rows)
+            for batch in in_order(partial(read_rows, source, keys=[key]), batches(source, rows, [key]), threads=1):
+                left = _commit_key(source, target, batch, key, convert)
+                busy.update(left)
+                mine.damaged.update(batch.damaged)
+                mine.keys[key] = mine.keys.get(key, 0) + len(batch.rows) - len(left)
+                mine.nbytes += batch.nbytes
+                looked += len(batch.rows) + len(batch.damaged)
+                progress(looked, total)
     completed, missing = target.completed(), set[int]()
     for source, mine in zip(sources, taken, strict=True):
-        missing.update(_lacking(source, target).tolist())
+        for rows in (_lacking(source, target), *(rows for _, rows in _lacking_keys(source, target))):
+            missing.update(rows.tolist())
         failed = failed_rows(source)
         left_to_run = [row for row in failed if not completed[row]]
         attempts = source.layout.row_records(left_to_run)["attempts"].tolist()
@@ -267,6 +288,17 @@ def copy_rows(
 def _lacking(source: Store, target: Store) -> np.ndarray:
     """Rows that are complete in the source and not in the target, ascending."""
     return np.flatnonzero(source.completed() & ~target.completed()[: source.num_models])
+
+
+def _lacking_keys(source: Store, target: Store) -> Iterator[tuple[str, np.ndarray]]:
+    """Optional keys that a row has in the source and not in the target, where it is complete in both; rows ascend."""
+    both = source.completed() & target.completed()[: source.num_models]
+    for key, entry in source.spec.schema.items():
+        if not entry.required:
+            there = target.layout.records(key)["status"][: source.num_models] == commits.VALID
+            rows = np.flatnonzero(both & ~there & (source.layout.records(key)["status"] == commits.VALID))
+            if len(rows):
+                yield key, rows
 
 
 def _pieces(source: Store, rows: np.ndarray, folders: frozenset[int]) -> Iterator[list[int]]:
@@ -313,6 +345,27 @@ def _commit(source: Store, target: Store, batch: Rows, convert: Convert, folders
         for i in mine:
             run.release(batch.rows[i], done=done)
     return sorted(set(batch.rows).difference(encoded))
+
+
+def _commit_key(source: Store, target: Store, batch: Rows, key: str, convert: Convert) -> list[int]:
+    """Give complete rows of the target a key that they lack; the rows that were left because somebody else has them."""
+    run = target.run
+    mine = [i for i, row in enumerate(batch.rows) if run.take(row)]
+    rows = [batch.rows[i] for i in mine]
+    try:
+        with run.committing(rows) as guard:
+            ready = target.layout.completed(rows) & (target.layout.records(key, rows)["status"] != commits.VALID)
+            rows = [row for row, flag in zip(rows, ready, strict=True) if flag]
+            blobs = [bytes(batch.blobs[key][i] or b"") for i, flag in zip(mine, ready, strict=True) if flag]
+            if rows:
+                attempts = source.layout.records(key, rows)["attempt"].tolist()
+                if key in convert:
+                    blobs = [convert[key](memoryview(blob)) for blob in blobs]
+                commits.fill(target.layout, rows, {key: blobs}, attempts, guard)
+    finally:
+        for i in mine:
+            run.release(batch.rows[i], done=False)
+    return sorted(set(batch.rows).difference(rows))
 
 
 # ------------------------------------------------------------------- what stands beside the arrays

@@ -50,8 +50,8 @@ def read_rows(store: Store, rows: Sequence[int], keys: Sequence[str]) -> Rows:
     for key in keys:
         found[key] = _read_key(store, store.field(key), rows, damaged)
     # The record is written behind the values: where it is the same as before, so were they.
-    words, again = before.view("u8"), store.layout.row_records(rows).view("u8")
-    changed = (words != again).reshape(len(rows), -1).any(axis=1) | ~store.layout.completed(rows)
+    words, again = before.view("u1"), store.layout.row_records(rows).view("u1")
+    changed = (words != again).reshape(-1, before.itemsize).any(axis=1) | ~store.layout.completed(rows)
     for i in np.flatnonzero(changed).tolist():
         damaged.setdefault(rows[i], "it changed while it was read; run this again")
     kept = [i for i, row in enumerate(rows) if row not in damaged]

@@ -158,6 +158,33 @@ def test_what_failed_in_the_target_stays_beside_what_the_source_made(two, tmp_pa
     assert found == folder(two[0] / "workers" / "2")
 
 
+def test_optional_keys_that_different_stores_filled_come_together(tmp_path, capsys):
+    first = fill(tmp_path / "A", [0, 1, 3, 6], notes=False)
+    second = shutil.copytree(first, tmp_path / "B", symlinks=True)
+    third = shutil.copytree(first, tmp_path / "C", symlinks=True)
+    for path, rows in ((second, [0, 1]), (third, [3])):
+        with Store.open(path) as store:
+            store.commit_many(
+                rows, {"y": [value(row) for row in rows], "note": [f"n{row}" for row in rows]}, replace=True
+            )
+    records = (first / "_rows.npy").read_bytes()
+    for target in (first, tmp_path / "D"):
+        assert command.main(["merge", str(first), str(second), str(third), f"--into={tmp_path}/D"]) == 0
+        if target == first:
+            assert f"{second}: 4 rows complete, 0 copied, note added to 2 that were there" in capsys.readouterr().out
+    assert command.main(["merge", str(second), str(third), f"--into={first}"]) == 0
+    for target in (first, tmp_path / "D"):
+        assert (target / "_rows.npy").read_bytes() == records
+        with Store.open(target) as store:
+            assert list(verify(store)) == []
+            assert store.rows("note").tolist() == ["n0", "n1", "n3"]
+            assert store.rows("note", [0, 1, 3]).tolist() == ["n0", "n1", "n3"]
+    with holding(tmp_path / "D", 6), Store.open(second) as store:
+        store.commit_many([6], {"y": [value(6)], "note": ["n6"]}, replace=True)
+        merged = merge([second], tmp_path / "D")
+    assert merged.busy == merged.missing == (6,) and merge([second], tmp_path / "D").sources[0].keys == {"note": 1}
+
+
 def test_a_run_that_went_on_is_brought_up_to_date(two, tmp_path):
     merge(two, tmp_path / "C")
     with Store.open(two[0]) as store:
@@ -352,11 +379,7 @@ def test_the_command_and_its_exit_codes(two, tmp_path, capsys):
     assert said[2] == "  row 9 failed: 1 attempt, ValueError: no luck; left to be run"
     assert said[5].startswith(f"{tmp_path}/C: 8 of 10 rows complete, 8 copied")
     assert command.main(argv) == 0
-    assert (
-        capsys.readouterr()
-        .out.splitlines()[-1]
-        .endswith("8 of 10 rows complete, nothing to do, it has all that the sources have")
-    )
+    assert capsys.readouterr().out.splitlines()[-1].endswith("8 of 10 rows complete, nothing to do")
 
     def run(*argv):
         done = subprocess.run(
@@ -439,7 +462,7 @@ def test_killed_before_any_system_call_it_is_run_again_and_completes(tmp_path, s
             if (target / "spec.json").exists():
                 with Store.open(target) as store:
                     done = store.completed()
-                    assert [problem for problem in verify(store) if done[problem.row]] == [], stop
+                    assert read_rows(store, np.flatnonzero(done).tolist(), ["x"]).damaged == {}, stop
                     partly += 0 < done.sum() < 3
                     for row in np.flatnonzero(done):
                         assert (np.load(target / "x.npy")[row] == row).all()
@@ -458,7 +481,7 @@ def test_killed_before_any_system_call_it_is_run_again_and_completes(tmp_path, s
             kills += 1
     finally:
         process.communicate()
-    assert kills > 100 // step and partly > 10 // step
+    assert kills > 70 // step and partly > 5 // step
 
 
 def test_the_power_goes_out_at_any_operation(tmp_path):
