@@ -22,7 +22,8 @@ from datamodels.executors.share import HOPELESS, Judge, Share
 from datamodels.executors.slurm import SlurmExecutor
 from datamodels.executors.watch import Watch, failures, undone
 from datamodels.row_filter import select
-from datamodels.store import Store
+from datamodels.running import snapshot
+from datamodels.store.keys import opened
 from datamodels.worker import GAVE_UP, POOL_VARIABLE
 from datamodels.worker import SECTIONS as WORKER
 
@@ -39,6 +40,7 @@ SECTIONS = {
         "gpus": Option(str, "GPUs to share out among local workers: auto for all, or 0,1"),
         "gpus_per_worker": Option(float, "GPUs of each worker; 0.5: two workers share one", default=1.0, min=0.01),
         "template": Option(str, 'batch script of yours for SLURM, ending in: exec python -m datamodels.worker "$@"'),
+        "snapshot": Option(bool, "copy the code first, so that it can be edited while workers run", default=False),
         "submit": Option(bool, "false: write SLURM's batch script and print where it is", default=True),
     },
     "pool.slurm": {
@@ -176,15 +178,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             if variable in os.environ:
                 _refuse(f"worker.{name}", f"environment variable {variable}")
     _refuse_other_engines(args)
-    with Store.open(args["worker.logdir"]) as store:
+    with opened(args["worker.logdir"], args["worker.keys"]) as store:
         rows: np.ndarray | None = None
         if args.given("pool.rows"):
             rows = select(store.design, args["pool.rows"], where=f"--pool.rows ({args.where('pool.rows')})")
-        share = Share(store, rows)
+        share = Share(store, store.within(rows))
         full = f"all {share.count} rows{share.kind} are complete"
         if bool(share.completed().all()):
             print(full)
             return 0
+        if args["pool.snapshot"]:
+            args.rest.append(f"--worker.snapshot={snapshot.take(store.path, args['worker.main_import'])}")
         logs = Path(store.path) / "runs" / f"pool-{os.getpid()}"
         if args["pool.executor"] == "slurm":
             workers = args["pool.workers"]
@@ -201,15 +205,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _local(args: cli.Arguments, logs: Path) -> tuple[int, LocalExecutor]:
     workers, visible = args["pool.workers"] or cores(), []
+    environment = {POOL_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     if args.given("pool.gpus"):
         names, each = gpus.devices(args["pool.gpus"], os.environ), args["pool.gpus_per_worker"]
         workers = args["pool.workers"] or max(1, gpus.capacity(len(names), each))
         visible = gpus.shares(names, workers, each)
+        if gpus.VARIABLE not in os.environ:  # numbers are nvidia-smi's; CUDA's own order is the fastest first
+            environment["CUDA_DEVICE_ORDER"] = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return workers, LocalExecutor(
         [sys.executable, "-m", "datamodels.worker", *_for_worker(args)],
         workers=workers,
         logs=logs,
-        environment={POOL_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+        environment=environment,
         gpus=visible,
     )
 
@@ -259,7 +266,7 @@ def _refuse_other_engines(args: cli.Arguments) -> None:
 def _for_worker(args: cli.Arguments) -> list[str]:
     """The worker's command line: its own options as resolved here, then whatever the pool does not know."""
     options = [
-        f"--worker.{name}={value}"
+        f"--worker.{name}={','.join(value) if isinstance(value, list) else value}"
         for name, value in args.section("worker").items()
         if args.given(f"worker.{name}") and value is not None
     ]

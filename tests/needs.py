@@ -1,9 +1,13 @@
 """What a test needs of a machine: where it is missing the test is skipped with the reason, in CI it fails."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
 import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -19,6 +23,29 @@ def ffcv() -> None:
     """FFCV, which `make ffcv` installs."""
     if importlib.util.find_spec("ffcv") is None:
         missing("FFCV is not installed; make ffcv does that")
+
+
+@contextlib.contextmanager
+def memory_limit(megabytes: int) -> Iterator[Path]:
+    """A control group whose processes get so much memory together; write their ids to the file it gives."""
+    version1, version2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    base, limit = (version1, "memory.limit_in_bytes") if version1.is_dir() else (version2, "memory.max")
+    group = base / f"datamodels-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(megabytes << 20))
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        missing(f"no control group can be made to limit memory ({error}); it takes root, and cgroups that are writable")
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        end = time.monotonic() + 10
+        while group.is_dir() and time.monotonic() < end:
+            with contextlib.suppress(OSError):  # what ended a moment ago may still count
+                group.rmdir()
+            time.sleep(0.05)
 
 
 def slurm() -> None:

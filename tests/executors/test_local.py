@@ -1,6 +1,7 @@
 """Workers as processes of this machine."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from datamodels.executors.local import THREAD_VARIABLES, LocalExecutor, capped_threads, cores
+from tests import needs
 from tests.executors.conformance import Conformance
-from tests.jobs import alive, until
+from tests.jobs import Job, alive, finish, plain, until
 
 
 class TestLocal(Conformance):
@@ -115,3 +117,49 @@ def test_workers_share_the_cores_unless_the_user_says_otherwise():
     mixed = capped_threads(10**6, {"OMP_NUM_THREADS": "7"})
     assert mixed == dict.fromkeys(THREAD_VARIABLES, "7")
     assert capped_threads(1, {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "3"})["MKL_NUM_THREADS"] == "3"
+
+
+# ------------------------------------------------------------------ mains that need too much, for real
+
+HUNGRY = """
+import numpy as np
+def main(index):
+    if %s: return {'x': np.ones(1 << 27).sum()}  # 1 GiB
+    return {'x': index}
+"""
+
+
+def run_limited(job, *more, **options):
+    argv = [*job.argv("--worker.retries=1", *more), "--pool.workers=2"]
+    return finish(job.start(module="datamodels.pool", argv=argv, **options))
+
+
+def test_a_row_that_is_killed_for_its_memory_is_counted_and_the_others_are_done(tmp_path):
+    job = Job(tmp_path, plain(12), HUNGRY % "index == 5")
+    with needs.memory_limit(400) as processes:
+        code, _, err = run_limited(job, preexec_fn=lambda: processes.write_text(str(os.getpid())))
+    assert code == 1
+    assert job.completed == [row != 5 for row in range(12)]
+    assert job.attempts == [2 if row == 5 else 1 for row in range(12)]
+    assert err.count("was killed by SIGKILL (out of memory, or past --worker.job_timeout)") == 2
+    assert (
+        "row 5: 2 attempts, The process that ran this row died without leaving a word, 2 times (killed, out of" in err
+    )
+
+
+def test_rows_that_all_need_too_much_end_with_a_count(tmp_path):
+    job = Job(tmp_path, plain(400), HUNGRY % "True")
+    with needs.memory_limit(400) as processes:
+        code, _, err = run_limited(job, preexec_fn=lambda: processes.write_text(str(os.getpid())))
+    assert (
+        code == 1 and "5 workers in a row died before any row was finished; the last one was killed by SIGKILL" in err
+    )
+    assert 5 <= sum(job.attempts) <= 7
+
+
+def test_a_row_that_is_refused_its_memory_fails_with_that_error(tmp_path):
+    job = Job(tmp_path, plain(12), HUNGRY % "index == 5")
+    limit = (3 << 28, 3 << 28)
+    code, _, err = run_limited(job, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
+    assert code == 1 and job.completed == [row != 5 for row in range(12)]
+    assert "row 5: 2 attempts, numpy._core._exceptions._ArrayMemoryError: Unable to allocate 1.00 GiB" in err
