@@ -127,7 +127,15 @@ class PosixDisk:
         if self.durable and not self.network:  # O_DSYNC has done it already
             for name in names:
                 with _explained(self.root, name):
-                    os.fdatasync(self._fd(name))
+                    fd = self._fd(name)
+                    try:
+                        os.fdatasync(fd)
+                    except OSError:
+                        # The kernel takes what it could not write for written; let it read again what the disk has,
+                        # or a retry would rest on it.
+                        if hasattr(os, "posix_fadvise"):
+                            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                        raise
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` through a fresh descriptor, as network file systems ask for a fresh look."""
