@@ -26,6 +26,7 @@ from datamodels.cli import Option
 from datamodels.design import check_index
 from datamodels.errors import ConfigError, DatamodelsError, RowError
 from datamodels.row_filter import select
+from datamodels.running import snapshot
 from datamodels.running.ends import Stopped
 from datamodels.running.routine import Routine, available, import_main
 from datamodels.running.show import dry_run, smoke
@@ -64,6 +65,7 @@ SECTIONS = {
         "time_to_live": Option(
             float, "seconds without a heartbeat after which another host may take over a row", default=120.0, min=1
         ),
+        "snapshot": Option(str, "run the code of this copy, as --pool.snapshot makes them, not what is here now"),
         "dry_run": Option(bool, "show what a row would be called with, and stop", default=False),
         "smoke": Option(
             bool,
@@ -96,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if one and args.given("worker.rows"):
         raise ConfigError("--worker.rows: chooses among many rows, and --worker.index names one; leave one of them out")
     leave_with_parent()
+    copied: dict[str, object] = {}
+    if args.given("worker.snapshot"):
+        copied = snapshot.enter(Path(args["worker.logdir"]), args["worker.snapshot"], argv)
     store = Store.open(args["worker.logdir"], sync=args["worker.sync"], time_to_live=args["worker.time_to_live"])
     showing = args["worker.dry_run"] or args["worker.smoke"]
     if one:  # before anything is imported or trained
@@ -112,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = import_main(args["worker.main_import"])
     if not showing and getattr(module, "__file__", None):
         file = Path(str(module.__file__)).resolve()
-        store.describe_code(file, main=module.__name__)
+        store.describe_code(file, main=module.__name__, **copied)
     cli.collect_user(args)
     single = Routine.find(module, "main", available(store, many=False))
     many = Routine.find(module, "main_many", available(store, many=True))
