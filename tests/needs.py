@@ -71,3 +71,9 @@ def ray() -> None:
     """Ray, the extra of that name."""
     if importlib.util.find_spec("ray") is None:
         missing("Ray is not installed; pip install 'datamodels-store[ray]' does that")
+
+
+def pyarrow() -> None:
+    """pyarrow, which writes parquet tables; the extra `table`."""
+    if importlib.util.find_spec("pyarrow") is None:
+        missing("pyarrow is not installed; pip install '.[table]' does that")

@@ -18,6 +18,7 @@ from datamodels.errors import ConfigError, RowError
 from datamodels.store import Failure, Store
 from datamodels.store.check import verify
 from datamodels.store.compact import compact
+from datamodels.store.export import export
 from datamodels.store.merge import FAILURES, Merged, merge
 from datamodels.store.repair import repair
 from datamodels.store.reset import FAILED, failed_rows, parse_rows, reset
@@ -130,6 +131,27 @@ def pack(args: Arguments) -> int:
     return code
 
 
+def tabulate(args: Arguments) -> int:
+    with (
+        Store.open(args.positional["dir"]) as store,
+        tqdm(unit="row", disable=not sys.stderr.isatty()) as bar,
+    ):
+        done = export(
+            store,
+            args["store.table"],
+            rows=args["store.rows"] or (),
+            keys=args["store.keys"] or (),
+            progress=partial(_show_rows, bar),
+        )
+    size = f"{done.nbytes:,} bytes in {done.seconds:.1f} s"
+    print(f"{done.path}: {done.rows:,} rows, {len(done.columns):,} columns, {size}; every value as committed")
+    if done.incomplete:
+        print(f"  {done.incomplete:,} rows are not complete and not in it")
+    for key, why in done.left_out.items():
+        print(f"  {key} is not in it: {why}; name it in --keys to have it")
+    return 0
+
+
 def _show_rows(bar: tqdm[NoReturn], rows: int, total: int) -> None:
     bar.total = total
     bar.update(rows - bar.n)
@@ -225,6 +247,18 @@ VERBS = {
         (DIR,),
         "Checks every row and copies those that are complete, with their times, runs and folders. Interrupted, it is "
         "run again. The store itself is not changed.",
+    ),
+    "export": Verb(
+        "write the complete rows to a table, parquet or csv",
+        tabulate,
+        {
+            "table": Option(str, "the file to write, .parquet or .csv", required=True),
+            "rows": Option(list, "rows as in lr=0.1,depth>=3,backbone=vit_s|vit_b,0-99; all by default"),
+            "keys": Option(list, "keys of the schema; by default all but masks and, in csv, long ones"),
+        },
+        (DIR,),
+        "A line for each row: number, role, seed, factors, attempts, times, run, and the keys. Every value is held "
+        "against its checksum; one that differs is an error, and no table is written.",
     ),
 }
 
