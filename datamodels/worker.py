@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from datamodels import cli
 from datamodels.cli import Option
-from datamodels.design import check_index
 from datamodels.errors import ConfigError, DatamodelsError, RowError
+from datamodels.ranks import Ranks, joined
 from datamodels.row_filter import select
 from datamodels.running import snapshot
 from datamodels.running.ends import Stopped
@@ -32,6 +32,7 @@ from datamodels.running.routine import Routine, available, import_main
 from datamodels.running.show import dry_run, smoke
 from datamodels.running.worker import Worker
 from datamodels.store import Store
+from datamodels.store.keys import opened
 
 POOL_VARIABLE = "DATAMODELS_POOL_PID"
 GAVE_UP = 3
@@ -47,6 +48,11 @@ SECTIONS = {
             required=True,
         ),
         "index": Option(int, "run this row and no other; without it, claim pending rows until none is left", min=0),
+        "keys": Option(
+            list,
+            "fill in only these optional keys (a,b), of rows that are complete and lack them, as after python -m "
+            "datamodels.store add-key; other keys that main returns are left as they are",
+        ),
         "rows": Option(list, "only rows like these: lr=0.1,depth>=3,backbone=vit_s|vit_b,0-99"),
         "batch": Option(int, "rows per call of main_many()", default=1, min=1),
         "retries": Option(int, "how often a row that failed, or whose process died, is tried again", default=2, min=0),
@@ -77,7 +83,11 @@ SECTIONS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    with joined() as ranks:
+        return _main(sys.argv[1:] if argv is None else argv, ranks)
+
+
+def _main(argv: Sequence[str], ranks: Ranks | None) -> int:
     args = cli.parse(
         "python -m datamodels.worker",
         "Run rows of a store: call main() of a module of yours, check what it returns, and commit it.",
@@ -101,19 +111,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     copied: dict[str, object] = {}
     if args.given("worker.snapshot"):
         copied = snapshot.enter(Path(args["worker.logdir"]), args["worker.snapshot"], argv)
-    store = Store.open(args["worker.logdir"], sync=args["worker.sync"], time_to_live=args["worker.time_to_live"])
+    keys = args["worker.keys"]
+    store = opened(args["worker.logdir"], keys, sync=args["worker.sync"], time_to_live=args["worker.time_to_live"])
     showing = args["worker.dry_run"] or args["worker.smoke"]
-    if one:  # before anything is imported or trained
+    follows = ranks is not None and ranks.rank > 0
+    if one and not follows:  # before anything is imported or trained
         try:
-            check_index(index, store.num_models)
+            store.check_row(index)
         except RowError as error:
             raise ConfigError(f"--worker.index ({args.where('worker.index')}): {error}") from None
         if not args["worker.do_if_complete"] and not showing and store.layout.completed([index])[0]:
-            print(f"row {index}: already complete, nothing to do (--worker.do_if_complete runs it again)")
+            print(f"row {index}: {store.already(index)}")
             return 0
     rows: np.ndarray | None = None
     if args.given("worker.rows"):
         rows = select(store.design, args["worker.rows"], where=f"--worker.rows ({args.where('worker.rows')})")
+    rows = store.within(rows)
+    if rows is not None and not rows.any() and not follows:
+        print(f"none of these rows is complete, so there is nothing to add {', '.join(keys)} to")
+        return 0
     module = import_main(args["worker.main_import"])
     if not showing and getattr(module, "__file__", None):
         file = Path(str(module.__file__)).resolve()
@@ -130,15 +146,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--worker.batch: {module.__name__} has no main_many() that could run several rows at once; "
             f"write one, or leave the option out"
         )
+    if follows:
+        assert ranks is not None
+        return _follow(store, single, many, ranks)
     for routine in (single, many):
-        if routine is not None and _blind(routine, store):
+        if routine is not None and keys is None and _blind(routine, store):
             print(
                 f"note: the design gives rows masks, and {routine.name} does not ask for `mask`: unless it returns the "
                 f"mask itself, rows are recorded with masks that it may not have trained on",
                 file=sys.stderr,
             )
     if showing:
-        with Worker(store, single, many) as worker:
+        with Worker(store, single, many, ranks=ranks) as worker:
             row = index if one else _first_pending(store, rows)
             batch = 1 if one else args["worker.batch"]
             if args["worker.dry_run"]:
@@ -151,13 +170,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with contextlib.suppress(OSError), open(store.path / "cmds.txt", "a", encoding="utf-8") as commands:
             commands.write(shlex.join([program, *argv]) + "\n")
-        exit_status = _work(store, single, many, args, one, index, rows)
+        exit_status = _work(store, single, many, args, one, index, rows, ranks)
     finally:
         for number in before:  # it is ending already
             signal.signal(number, signal.SIG_IGN)
         store.close(exit_status)
         for number, handler in before.items():
             signal.signal(number, handler)
+    return exit_status
+
+
+def _follow(store: Store, single: Routine | None, many: Routine | None, ranks: Ranks) -> int:
+    """A rank of torchrun's beside the first."""
+    store.run.note(rank=ranks.rank)
+    exit_status = 1
+    with Worker(store, single, many) as worker:
+        try:
+            for number in _STOPS:
+                signal.signal(number, worker.on_signal)
+            signal.signal(_LAST_ROW, lambda number, frame: None)  # for rank 0 to heed
+            exit_status = ranks.follow(store, worker.follow)
+        except Stopped as stop:
+            exit_status = 128 + stop.number
+        finally:
+            store.close(exit_status)
     return exit_status
 
 
@@ -169,6 +205,7 @@ def _work(
     one: bool,
     index: int | None,
     rows: np.ndarray | None,
+    ranks: Ranks | None,
 ) -> int:
     started = time.monotonic()
     with Worker(
@@ -179,6 +216,7 @@ def _work(
         retries=args["worker.retries"],
         job_timeout=args.get("worker.job_timeout"),
         rows=rows,
+        ranks=ranks,
     ) as worker:
         try:
             for number in _STOPS:
@@ -207,7 +245,7 @@ def _work(
         f"{worker.tally.committed} rows committed, {worker.tally.failed} attempts failed"
         + (f"; {given_up} rows of the store failed too often to be tried again" if given_up else "")
     )
-    return GAVE_UP if given_up else 0
+    return 1 if ranks is not None and worker.tally.failed else GAVE_UP if given_up else 0
 
 
 def leave_with_parent() -> None:

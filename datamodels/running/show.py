@@ -36,7 +36,7 @@ def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str
         f"choices    {', '.join(f'{k}={v!r}' for k, v in assignment.choices.items()) or 'none'}",
         f"calls      {routine.name}({', '.join(passed)}) in {_source(inner)}",
         f"sys.argv   {' '.join(rest) or '(empty)'}",
-        "returns    " + ", ".join(f"{k}: {f.dtype} {list(f.shape)}" for k, f in store.spec.schema.items()),
+        "returns    " + ", ".join(f"{f.name}: {f.dtype} {list(f.shape)}" for f in map(store.field, store.written)),
     ]
     return "\n".join(lines)
 

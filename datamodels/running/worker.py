@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ import numpy as np
 
 from datamodels.design import Assignment, check_index
 from datamodels.errors import ClaimLost, RowError, StoreError
+from datamodels.ranks import Ranks
 from datamodels.running.ends import Deadline, JobTimeout, Stopped, last_line
 from datamodels.running.output import Output, printed
 from datamodels.running.routine import Routine, seed_everything
@@ -50,6 +51,7 @@ class Worker:
         retries: int = 2,
         job_timeout: int | None = None,
         rows: np.ndarray | None = None,
+        ranks: Ranks | None = None,
     ):
         self.store, self.main, self.main_many = store, main, main_many
         self.batch, self.retries = batch, retries
@@ -59,6 +61,7 @@ class Worker:
         self._attempts: dict[int, int] = {}  # rows claimed now -> number of this attempt
         self._deadline = Deadline(store, job_timeout)
         self._output = Output(store)
+        self._ranks = ranks
         self._interruptible = True
         self._stop: int | None = None  # the signal that asked this process to end
         self._last = False  # asked to end after the rows in hand
@@ -170,7 +173,7 @@ class Worker:
         while not self.tally.committed and not self.tally.given_up and not self._last:
             if not self._claim([row], anew=tried == 0, complete_too=do_if_complete):
                 if self.store.layout.completed([row])[0]:
-                    print(f"row {row}: already complete, nothing to do (--worker.do_if_complete runs it again)")
+                    print(f"row {row}: {self.store.already(row)}")
                     return True
                 if tried:
                     return False
@@ -200,8 +203,9 @@ class Worker:
             with self._watched(rows):
                 results = self.call_many(rows)
         except (Exception, JobTimeout) as error:
-            if len(rows) == 1:
-                self._failed(rows[0], error)
+            if len(rows) == 1 or self._ranks is not None:
+                for row in rows:
+                    self._failed(row, error)
                 return
             print(
                 f"rows {rows[0]}…{rows[-1]}: main_many failed for the batch ({last_line(error)}); running its "
@@ -227,18 +231,8 @@ class Worker:
             return result
         routine = self.main
         assignment = self.store.design.assignment(row)
-        seed_everything(assignment.seed)
         with self._folders(routine, "logdir", [row], logdir) as folders:
-            result = routine(
-                {
-                    **assignment.choices,
-                    "index": row,
-                    "seed": assignment.seed,
-                    "mask": assignment.mask,
-                    "smoke": smoke,
-                    "logdir": folders[0],
-                }
-            )
+            result = self._call(routine, [assignment], smoke, folders)
         if not isinstance(result, Mapping):
             raise RowError(
                 f"row {row}: {routine.name} must return a dict from key to value, got "
@@ -254,21 +248,8 @@ class Worker:
         routine = self.main_many
         assert routine is not None
         assignments = [self.store.design.assignment(row) for row in rows]
-        arguments: dict[str, Any] = {
-            "indices": np.array(rows, np.int64),
-            "seeds": np.array([a.seed for a in assignments], np.int64),
-            "smoke": smoke,
-        }
-        if "masks" in routine.wanted:
-            unmasked = [a.row for a in assignments if a.mask is None]
-            if unmasked:
-                raise RowError(f"row {unmasked[0]}: {routine.name} asks for masks, and the design gives this row none")
-            arguments["masks"] = np.stack([a.mask for a in assignments if a.mask is not None])
-        for factor in self.store.design.factors:
-            arguments[factor] = [a.choices.get(factor) for a in assignments]
-        seed_everything(assignments[0].seed)
         with self._folders(routine, "logdirs", rows, logdir) as folders:
-            result = routine({**arguments, "logdirs": folders})
+            result = self._call(routine, assignments, smoke, folders)
         if not isinstance(result, Mapping):
             raise RowError(
                 f"rows {rows[0]}…{rows[-1]}: {routine.name} must return a dict from key to an array with a "
@@ -285,6 +266,42 @@ class Worker:
             a.row: self._filled(a, {key: values[i] for key, values in result.items()})
             for i, a in enumerate(assignments)
         }
+
+    def _call(self, routine: Routine, assignments: Sequence[Assignment], smoke: bool, folders: list[str]) -> Any:
+        if self._ranks is None:
+            return self._invoke(routine, assignments, smoke, folders)
+        attempts = [(a.row, self._attempts.get(a.row, 0)) for a in assignments]
+        many = routine is self.main_many
+        with self._ranks.together(attempts, many=many, smoke=smoke, folders=folders):
+            return self._invoke(routine, assignments, smoke, folders)
+
+    def follow(self, rows: list[int], *, many: bool, smoke: bool, folders: list[str]) -> None:
+        """The same call on another rank, whose result nobody asks for."""
+        routine = self.main_many if many else self.main
+        assert routine is not None
+        self._invoke(routine, [self.store.design.assignment(row) for row in rows], smoke, folders)
+
+    def _invoke(self, routine: Routine, assignments: Sequence[Assignment], smoke: bool, folders: list[str]) -> Any:
+        """What a function returns for what the design gives to rows; main has one, main_many a leading axis."""
+        seed_everything(assignments[0].seed)
+        if routine is self.main:
+            (one,) = assignments
+            given = {"index": one.row, "seed": one.seed, "mask": one.mask, "smoke": smoke, "logdir": folders[0]}
+            return routine({**one.choices, **given})
+        arguments: dict[str, Any] = {
+            "indices": np.array([a.row for a in assignments], np.int64),
+            "seeds": np.array([a.seed for a in assignments], np.int64),
+            "smoke": smoke,
+            "logdirs": folders,
+        }
+        if "masks" in routine.wanted:
+            unmasked = [a.row for a in assignments if a.mask is None]
+            if unmasked:
+                raise RowError(f"row {unmasked[0]}: {routine.name} asks for masks, and the design gives this row none")
+            arguments["masks"] = np.stack([a.mask for a in assignments if a.mask is not None])
+        for factor in self.store.design.factors:
+            arguments[factor] = [a.choices.get(factor) for a in assignments]
+        return routine(arguments)
 
     def _filled(self, assignment: Assignment, result: Mapping[str, Any]) -> Mapping[str, Any]:
         """The result with masks and factors of the design where main left them out, and checked where it did not."""
@@ -385,12 +402,13 @@ class Worker:
                 place = f"; and its traceback could not be kept ({full})"
             print(
                 f"row {row}: attempt {attempts} failed: {last_line(error)}{place}"
-                f"{'; it will be tried again' if again else ''}",
+                f"{'; it will be tried again' if again and self._ranks is None else ''}",
                 file=sys.stderr,
                 flush=True,
             )
             self.tally.failed += 1
             self.tally.given_up += not again
+            self._last |= self._ranks is not None
             self._note()
             self.store.run.release(row, done=False)
 

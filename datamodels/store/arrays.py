@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from datamodels.errors import StoreError
+from datamodels.errors import SpecError, StoreError
 from datamodels.spec import Spec
 from datamodels.store import commit as commits
 from datamodels.store.commit import COMPLETED_FILE, KEY_RECORD, ROW_RECORD, ROWS_FILE
 
 SPEC_FILE = "spec.json"
+NEXT_FILE = "spec.json.next"
+"""What spec.json will be when a change of the store that is under way, or was cut short, has been finished."""
 
 
 def arrays(spec: Spec) -> list[tuple[str, np.dtype[Any], tuple[int, ...]]]:
@@ -40,13 +43,24 @@ def header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return out.getvalue()
 
 
+def planned(folder: Path) -> Spec | None:
+    """The spec that a change of a store, under way or cut short, is to lead to; None where there is no such change."""
+    try:
+        return Spec.from_json(json.loads((folder / NEXT_FILE).read_bytes()))
+    except (OSError, ValueError, SpecError):
+        return None
+
+
 def size_of(dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
     """Bytes of the file of an array, its header included."""
     return len(header(dtype, shape)) + dtype.itemsize * math.prod(shape)
 
 
-def check_header(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
-    """Offset behind a file's header. `StoreError` unless it holds exactly an array of this dtype and shape."""
+def check_header(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], *, rows: int | None = None) -> int:
+    """Offset behind a file's header. `StoreError` unless it holds exactly an array of this dtype and shape.
+
+    `rows`: how many it may have instead, while a store grows.
+    """
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)
@@ -58,6 +72,8 @@ def check_header(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> in
         raise StoreError(f"{path}: this file of the store is missing; restore it, or initialise a new store") from None
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: not a .npy file ({error}); restore it, or initialise a new store") from None
+    if found_shape == (rows, *shape[1:]):
+        shape = found_shape
     if (found_shape, found_dtype, fortran) != (shape, dtype, False):
         raise StoreError(
             f"{path}: expected shape {list(shape)}, dtype {dtype} in C order as spec.json says, got "

@@ -445,6 +445,12 @@ def life(folder: Path, run: str) -> str:
     return "unknown"
 
 
+def living(folder: Path) -> list[str]:
+    """Ids of the runs that have not ended, as far as this host can know."""
+    names = sorted(path.stem for path in (folder / "runs").glob("*.json"))
+    return [run for run in names if life(folder, run) == "running"]
+
+
 def who(folder: Path, run: str) -> str:
     """A run in words: its id, host and process."""
     record = run_record(folder, run) or {}

@@ -60,6 +60,8 @@ class Disk(Protocol):
     def put(self, name: str, data: bytes) -> None: ...
     def remove(self, name: str) -> None: ...
     def list(self, name: str) -> list[str]: ...
+    def create(self, name: str, head: bytes, size: int, *, reserve: bool) -> None: ...
+    def resize(self, name: str, size: int, *, reserve: bool) -> None: ...
 
 
 def filesystem(path: Path) -> str:
@@ -167,6 +169,20 @@ class PosixDisk:
                     _reserve(fd, size)
                 os.ftruncate(fd, size)
                 _write_all(fd, head, 0)
+                if self.durable:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            self.sync_folder(path.parent)
+
+    def resize(self, name: str, size: int, *, reserve: bool) -> None:
+        """Have an existing file end at `size` bytes, with zeros where it was shorter; durable when this returns."""
+        with _explained(self.root, name):
+            fd = os.open(self.root / name, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if reserve:
+                    _reserve(fd, size)
+                os.ftruncate(fd, size)
                 if self.durable:
                     os.fsync(fd)
             finally:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,8 +22,8 @@ from datamodels.errors import ClaimLost, RowError, SpecError, StoreError
 from datamodels.spec import COMPLETED, Field, Spec, nearest
 from datamodels.store import commit as commits
 from datamodels.store import describe
-from datamodels.store.arrays import SPEC_FILE, arrays, check_header
-from datamodels.store.claims import TIME_TO_LIVE, Run, claimed, life, run_record
+from datamodels.store.arrays import SPEC_FILE, arrays, check_header, planned
+from datamodels.store.claims import TIME_TO_LIVE, Run, claimed, life, living, run_record
 from datamodels.store.commit import COMPLETED_FILE, ROWS_FILE, Layout, RowInfo
 from datamodels.store.create import MARKER, create
 from datamodels.store.disk import PosixDisk, filesystem
@@ -67,6 +67,7 @@ class Store:
         self.required = tuple(key for key, field in spec.schema.items() if field.required)
         self.written = tuple(spec.schema)
         self.attempt_name = "attempt"
+        self._version = (0, 0)  # of spec.json when it was opened
         self._run: Run | None = None
         self._code: dict[str, Any] = {}
         self._making_run = threading.Lock()
@@ -111,17 +112,12 @@ class Store:
                 f"{path}: not a store: {what}; make one with python -m datamodels.initialize_logdir "
                 f"--logging.logdir={path} --logging.spec=SPEC.json"
             )
-        try:
-            resolved = resolve(Spec.load(path / SPEC_FILE), path)
-        except SpecError as error:
-            raise StoreError(f"{path}: {error}") from error
-        spec, design = resolved.spec, resolved.design
+        version = _version(path)
+        spec, design, heads = _load(path)
         assert spec.num_models is not None
-        heads = {
-            name: check_header(path / name, dtype, (spec.num_models, *shape)) for name, dtype, shape in arrays(spec)
-        }
         disk = PosixDisk(path, sync=sync)
         store = cls(path, spec, design, Layout(disk, spec.schema, spec.num_models, heads), disk, time_to_live)
+        store._version = version
         with contextlib.suppress(StoreError, ClaimLost):  # reading goes on; `verify` tells of what is left
             store.recover()
         return store
@@ -332,6 +328,10 @@ class Store:
         """Those of some rows, bool (num_models,) or None for all, that this store has anything to do with."""
         return rows
 
+    def check_row(self, row: Any) -> int:
+        """`row` as an int. `RowError` unless it is one of the store's rows that a worker may be asked to run."""
+        return check_index(row, self.num_models)
+
     def already(self, row: int) -> str:
         """Why there is nothing to do for a complete row."""
         return "already complete, nothing to do (--worker.do_if_complete runs it again)"
@@ -362,6 +362,11 @@ class Store:
         """The same rows, each with the id of its run."""
         found = claimed(self.path, self.disk.list("claims"))
         return {row: run for row, run in found.items() if row < self.num_models}
+
+    def others(self) -> list[str]:
+        """Ids of runs that have not ended, as far as this host can know, without this one."""
+        mine = None if self._run is None else self._run.id
+        return [run for run in living(self.path) if run != mine]
 
     def last_error(self, row: int) -> str:
         """Last line of the traceback of a row's last attempt, or "" where there is none."""
@@ -463,6 +468,7 @@ class Store:
         if not rows:
             return
         with self._borrowing(rows), self.run.committing(rows) as guard:
+            self._learn_keys()
             complete = self.layout.completed(rows)
             old = [row for row, flag in zip(rows, complete, strict=True) if flag]
             if old and not replace:
@@ -488,6 +494,15 @@ class Store:
                 )
             for row in stale:  # a replacement that a crash cut short; applied later, it would undo this commit
                 self.disk.remove(f"{commits.JOURNAL}/{row}")
+
+    def _learn_keys(self) -> None:
+        """Know of keys that were added since this store was opened: a row that is run again must not keep them."""
+        version = _version(self.path)
+        if version == self._version:
+            return
+        spec, _, heads = _load(self.path)
+        self.layout = replace(self.layout, fields={**spec.schema, **self.layout.fields}, heads=heads)
+        self._version = version
 
     @contextlib.contextmanager
     def _borrowing(self, rows: Sequence[int]) -> Iterator[None]:
@@ -596,6 +611,42 @@ class Store:
             for i in fresh
         ]
         self.layout.write(ROWS_FILE, [rows[i] for i in fresh], records, lambda: None)
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Changes whenever spec.json does, which is replaced and never written to."""
+    try:
+        fd = os.open(path / SPEC_FILE, os.O_RDONLY | os.O_CLOEXEC)  # a network file system looks again at an open
+    except OSError as error:
+        raise StoreError(f"{path / SPEC_FILE}: cannot be read: {error.strerror}; restore it") from None
+    try:
+        stat = os.fstat(fd)
+        return stat.st_ino, stat.st_mtime_ns
+    finally:
+        os.close(fd)
+
+
+def _load(path: Path) -> tuple[Spec, Design, dict[str, int]]:
+    """The spec of a folder, its design, and per array where its rows begin. `StoreError` where they disagree."""
+    while True:
+        try:
+            text = (path / SPEC_FILE).read_bytes()
+            resolved = resolve(Spec.load(path / SPEC_FILE), path)
+        except (OSError, SpecError) as error:
+            raise StoreError(f"{path}: {error}") from error
+        change = planned(path)
+        rows, num_models = None if change is None else change.num_models, resolved.spec.num_models
+        assert num_models is not None
+        try:
+            heads = {
+                name: check_header(path / name, dtype, (num_models, *shape), rows=rows)
+                for name, dtype, shape in arrays(resolved.spec)
+            }
+        except StoreError:
+            if (path / SPEC_FILE).read_bytes() != text or planned(path) != change:  # somebody is making it grow
+                continue
+            raise
+        return resolved.spec, resolved.design, heads
 
 
 def _some(keys: Iterable[str], most: int = 5) -> str:

@@ -3,8 +3,6 @@
 A state is what a crash leaves; after it comes a repair, during which the power goes out again, and one more repair.
 """
 
-import copy
-
 import numpy as np
 import pytest
 
@@ -14,7 +12,8 @@ from datamodels.store import repair as repairs
 from datamodels.store.check import look
 from datamodels.store.commit import Layout, RowInfo
 from datamodels.store.repair import mend
-from tests.faults.memory import Crash, MemoryDisk
+from tests.faults.memory import Crash
+from tests.faults.memory import MemoryDisk as Disk
 
 ROWS, HEAD = 5, 128
 # 150 float64 span sectors; the others share theirs with every other row.
@@ -23,13 +22,6 @@ FIELDS = {
     "tag": Field("tag", (), "uint8"),
     "extra": Field("extra", (2,), "uint16", required=False),
 }
-
-
-class Disk(MemoryDisk):
-    def go_on(self, stop_at=None):
-        """The process was killed and the machine was not: what it wrote is there, and may never have been synced."""
-        self.operations, self.stop_at, self.halfway = 0, stop_at, None
-        return self
 
 
 def layout_on(disk):
@@ -95,7 +87,7 @@ def run(layout, allowed):
 
 def held(files, row, where):
     """What a row holds by plain bytes; fails where it is complete and not exact."""
-    layout = layout_on(MemoryDisk(files))
+    layout = layout_on(Disk(files))
     seen = look(layout, row)
     if seen.flag == 0:
         return None
@@ -118,7 +110,7 @@ def check(files, allowed, where, *, settled):
     for row in range(ROWS):
         version = held(files, row, where)
         assert version in allowed.get(row, {None}), f"{where}: row {row} holds {version}, not {allowed.get(row)}"
-        seen = look(layout_on(MemoryDisk(files)), row)
+        seen = look(layout_on(Disk(files)), row)
         left = settled and seen.flag != 1 and seen.done and not seen.problems
         assert not left, f"{where}: row {row} is left without its flag"
 
@@ -141,8 +133,9 @@ def everywhere(draws=0):
         else:
             assert stop > 80
             return len(known), did
-        starts = [("killed, not cut, nothing synced", lambda disk=disk: copy.deepcopy(disk).go_on())]
-        starts += [(name, lambda files=files: Disk(files)) for name, files in disk.survivors(draws=draws, seed=stop)]
+        starts = [("killed, not cut, nothing synced", disk.goes_on)]
+        for name, files in disk.survivors(draws=draws, seed=stop):
+            starts.append((name, lambda stop_at, files=files: Disk(files, stop_at=stop_at)))
         for name, files in disk.survivors(draws=draws, seed=stop):
             for row in range(ROWS):
                 where = f"operation {stop}, {name}, before the repair"
@@ -151,14 +144,14 @@ def everywhere(draws=0):
                 assert version is None or version in allowed.get(row, {None}), f"{where}: row {row} holds {version}"
         for name, start in starts:
             for cut in range(1, 1000):
-                again = start().go_on(stop_at=cut)
+                again = start(stop_at=cut)
                 where = f"operation {stop}, {name}, operation {cut} of the repair"
                 try:
                     did.update(repaired(again))
                 except Crash:
                     for how, files in again.survivors(draws=draws, seed=cut):
                         if new(files, allowed):
-                            second = MemoryDisk(files)
+                            second = Disk(files)
                             repaired(second)
                             after = {n: bytes(d) for n, d in second.durable.items()}
                             check(after, allowed, f"{where}, {how}", settled=True)
