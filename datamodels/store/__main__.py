@@ -8,23 +8,29 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import NoReturn
 
 from tqdm import tqdm
 
 from datamodels import cli
 from datamodels.cli import Arguments, Option, Verb
-from datamodels.errors import ConfigError, RowError
+from datamodels.errors import ConfigError, RowError, json_mistake
+from datamodels.spec import ROLES, Field
 from datamodels.store import Failure, Store
 from datamodels.store.check import verify
+from datamodels.store.claims import who
 from datamodels.store.compact import compact
 from datamodels.store.export import export
+from datamodels.store.grow import Change, add_key, grow
 from datamodels.store.merge import FAILURES, Merged, merge
 from datamodels.store.repair import repair
 from datamodels.store.reset import FAILED, failed_rows, parse_rows, reset
 
 DIR = ("dir", "the store")
 VERIFY_HINT = "python -m datamodels.store repair DIR --dry_run says what can be done"
+_NAMED = 5  # processes that are named one by one
+RESERVE = Option(str, "reserve disk space now, where the file system can", default="auto", choices=("auto", "no"))
 JSON = Option(bool, "print it as JSON", default=False)
 
 
@@ -202,6 +208,64 @@ def _few(rows: Sequence[int]) -> str:
     return ", ".join(map(str, rows[:10])) + (" …" if len(rows) > 10 else "")
 
 
+def extend(args: Arguments) -> int:
+    block = args["store.block"]
+    if block is not None and block.lstrip().startswith("{"):
+        try:
+            block = json.loads(block)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--block ({args.where('store.block')}): {json_mistake(error)}") from None
+    change = grow(
+        args.positional["dir"], args["store.num_models"], block=block, reserve=args["store.reserve"] == "auto"
+    )
+    before, after = change.before.num_models, change.after.num_models
+    what = ""
+    if change.after.design is not None:
+        entry = change.after.design[-1]
+        what = f": block {len(change.after.design) - 1}, {entry['role']}, seed {entry['seed']}"
+    print(f"{args.positional['dir']}: {before:,} rows before, {after:,} now{what}")
+    _tell_living(args.positional["dir"], change, "go on with the rows that they know; start others for the new ones")
+    return 0
+
+
+def add(args: Arguments) -> int:
+    name, path = args.positional["name"], args.positional["dir"]
+    try:
+        shape = tuple(int(n) for n in args["store.shape"] or ())
+    except ValueError:
+        raise ConfigError(
+            f"--shape ({args.where('store.shape')}): expected ints, as in 2,9, got {','.join(args['store.shape'])!r}; "
+            f"a scalar has none"
+        ) from None
+    field = Field(
+        name,
+        shape,
+        args["store.dtype"],
+        role=args["store.role"],
+        required=False,
+        allow_nonfinite=args["store.allow_nonfinite"],
+    )
+    change = add_key(path, field, reserve=args["store.reserve"] == "auto")
+    size = (change.after.num_models or 0) * field.nbytes
+    print(
+        f"{path}: {name}.npy, {field.dtype} {[change.after.num_models, *shape]}, {size / 1e6:,.1f} MB; no row has it "
+        f"yet"
+    )
+    print(f"python -m datamodels.worker --worker.keys={name} … fills it in, of rows that are complete")
+    _tell_living(path, change, "do not know of it")
+    return 0
+
+
+def _tell_living(path: str, change: Change, what: str) -> None:
+    if change.living:
+        count = len(change.living)
+        print(f"{count} process{'es' * (count != 1)} at work {what}:")
+        for run in change.living[:_NAMED]:
+            print(f"  {who(Path(path), run)}")
+        if count > _NAMED:
+            print(f"  … and {count - _NAMED} more")
+
+
 VERBS = {
     "status": Verb(
         "how far it is, and what failed",
@@ -231,6 +295,32 @@ VERBS = {
         (DIR,),
         "A complete row is cleared only when its number is given. If a worker holds one of the rows, nothing is "
         "changed.",
+    ),
+    "grow": Verb(
+        "add rows behind those there are",
+        extend,
+        {
+            "num_models": Option(int, "how many rows the store is to have", min=1),
+            "block": Option(str, "block to append to the design: a JSON file, or JSON that begins with {"),
+            "reserve": RESERVE,
+        },
+        (DIR,),
+        "No row changes, and no array is rewritten. Where the store has a design, --num_models alone appends a block "
+        "like its train blocks, with a seed of its own. Workers may run meanwhile.",
+    ),
+    "add-key": Verb(
+        "add an optional key, which complete rows can get afterwards",
+        add,
+        {
+            "dtype": Option(str, "as in a spec: float32, bits, U16, …", required=True),
+            "shape": Option(list, "the row's shape, as in 2,9; without it a scalar"),
+            "role": Option(str, "what it is in a regression", choices=ROLES),
+            "allow_nonfinite": Option(bool, "NaN and infinities are values, not mistakes", default=False),
+            "reserve": RESERVE,
+        },
+        (DIR, ("name", "the key")),
+        "Complete rows stay complete without it. python -m datamodels.worker --worker.keys=NAME … calls main for those "
+        "that lack it and writes that key alone. Workers may run meanwhile.",
     ),
     "merge": Verb(
         "copy the complete rows of stores, filled on different machines, into one",
