@@ -17,9 +17,11 @@ from datamodels.errors import StoreError
 from datamodels.store import Store
 from datamodels.store import __main__ as command
 from datamodels.store import commit as commits
+from datamodels.store import merge as merge_module
 from datamodels.store import rows as rows_module
 from datamodels.store.arrays import arrays
 from datamodels.store.check import verify
+from datamodels.store.grow import grow
 from datamodels.store.merge import copy_rows, merge
 from datamodels.store.rows import read_rows
 from tests.faults.memory import Crash, MemoryDisk
@@ -185,6 +187,25 @@ def test_optional_keys_that_different_stores_filled_come_together(tmp_path, caps
     assert merged.busy == merged.missing == (6,) and merge([second], tmp_path / "D").sources[0].keys == {"note": 1}
 
 
+def test_folders_are_durable_before_their_rows_and_few_at_once(two, tmp_path, monkeypatch):
+    steps = []
+    whole, commit = merge_module.files.whole, Store.commit_encoded
+
+    def write(path, *, sync=True):
+        if "workers" in str(path):
+            steps.append((int(path.parts[len(tmp_path.parts) + 2]), sync))
+        return whole(path, sync=sync)
+
+    monkeypatch.setattr(merge_module, "_FOLDERS_AT_ONCE", 2)
+    monkeypatch.setattr(merge_module.files, "whole", write)
+    monkeypatch.setattr(
+        Store, "commit_encoded", lambda *args, **more: steps.append(list(args[1])) or commit(*args, **more)
+    )
+    merge(two, tmp_path / "C")
+    twice = [(row, True) for row in (0, 0, 2, 2, 8, 8, 4, 4, 6, 6)]
+    assert steps == [*twice[:4], [0, 1, 2], *twice[4:6], [3, 8], *twice[6:], [4, 5, 6]]
+
+
 def test_a_run_that_went_on_is_brought_up_to_date(two, tmp_path):
     merge(two, tmp_path / "C")
     with Store.open(two[0]) as store:
@@ -286,12 +307,10 @@ def test_files_of_the_design_that_differ(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_store_from_before_it_grew(tmp_path, order):
-    larger = {**SPEC, "design": [*SPEC["design"], {"sampler": "bernoulli", "masks": 3, "seed": 5}]}
-    larger["schema"] = {**SPEC["schema"], "lr": {**SPEC["schema"]["lr"], "required": False}}
-    stores = [
-        fill(tmp_path / "A", [0, 9], {**SPEC, "schema": larger["schema"]}),
-        fill(tmp_path / "B", [1, 11], larger),
-    ]
+    stores = [fill(tmp_path / "A", [0, 9]), fill(tmp_path / "B", [1])]
+    grow(stores[1], block={"sampler": "bernoulli", "masks": 3, "choices": {"lr": [0.1]}})
+    with Store.open(stores[1]) as store:
+        store.commit_many([11], {"y": [value(11)]})
     merged = merge(stores[::order], tmp_path / "C")
     assert merged.num_models == 13 and merged.completed == 4
     same_rows(tmp_path / "C", stores[0], [0, 9])
@@ -327,12 +346,24 @@ def test_a_damaged_row_is_left_or_taken_from_another(two, tmp_path, capsys):
     assert "not here: 8 (1);" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("file", ["_rows.npy", "_keys/y.npy", "_keys/note.npy"])
-def test_a_damaged_record_is_no_row_to_copy(two, tmp_path, file):
-    flip(two[0] / file, os.path.getsize(two[0] / file) - ROWS * (64 if file == "_rows.npy" else 16) + 5)
+@pytest.mark.parametrize(
+    ("file", "place"), [("_rows.npy", 5), ("_keys/y.npy", 5), ("_keys/note.npy", 5), ("_keys/note.npy", 0)]
+)
+def test_a_damaged_record_is_no_row_to_copy(two, tmp_path, file, place):
+    flip(two[0] / file, os.path.getsize(two[0] / file) - ROWS * (64 if file == "_rows.npy" else 16) + place)
     merged = merge(two, tmp_path / "C")
     assert list(merged.sources[0].damaged) == [0] and "record" in merged.sources[0].damaged[0]
     assert merged.missing == (0,) and merged.completed == 7
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_damaged_checksum_disagrees_with_nobody(two, tmp_path, order):
+    flip(two[0] / "_keys" / "y.npy", os.path.getsize(two[0] / "_keys" / "y.npy") - (ROWS - 3) * 16 + 8)
+    assert merge(two[::order], tmp_path / "C").missing == ()
+    same_rows(tmp_path / "C", two[1], [3, 4, 5, 6])
+    fill(tmp_path / "other", [3], version=1)
+    with pytest.raises(StoreError, match=f"row 3 .y. in {two[1]} and {tmp_path}/other"):
+        merge([*two, tmp_path / "other"], tmp_path / "D")
 
 
 def test_a_row_that_is_being_run_is_left_to_its_worker(two, tmp_path, capsys):
