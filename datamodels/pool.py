@@ -15,11 +15,10 @@ import numpy as np
 from datamodels import cli
 from datamodels.cli import Option
 from datamodels.errors import ConfigError
-from datamodels.executors import gpus, slurm
+from datamodels.executors import gpus, ray, slurm
 from datamodels.executors.base import Executor
 from datamodels.executors.local import LocalExecutor, cores
 from datamodels.executors.share import HOPELESS, Judge, Share
-from datamodels.executors.slurm import SlurmExecutor
 from datamodels.executors.watch import Watch, failures, undone
 from datamodels.row_filter import select
 from datamodels.running import snapshot
@@ -35,9 +34,9 @@ _NOT_HERE = {
 SECTIONS = {
     "pool": {
         "workers": Option(int, "copies of the worker; 0 means one per core, or per GPU", default=0, min=0),
-        "executor": Option(str, "where the workers run", default="local", choices=("local", "slurm")),
+        "executor": Option(str, "where the workers run", default="local", choices=("local", "slurm", "ray")),
         "rows": Option(list, "only rows like these: lr=0.1,depth>=3,backbone=vit_s|vit_b,0-99"),
-        "gpus": Option(str, "GPUs to share out among local workers: auto for all, or 0,1"),
+        "gpus": Option(str, "GPUs to share out among workers: auto for all, or 0,1"),
         "gpus_per_worker": Option(float, "GPUs of each worker; 0.5: two workers share one", default=1.0, min=0.01),
         "template": Option(str, 'batch script of yours for SLURM, ending in: exec python -m datamodels.worker "$@"'),
         "snapshot": Option(bool, "copy the code first, so that it can be edited while workers run", default=False),
@@ -107,7 +106,7 @@ def run_pool(
                 )
                 return _report(share, say)
             for end in executor.ended():
-                if end.wanted or (end.code in (0, GAVE_UP) and not share.free()):
+                if end.wanted or done == share.count or (end.code in (0, GAVE_UP) and not share.free()):
                     continue
                 if end.code == 2 and judge.begun():
                     watch.write(
@@ -190,11 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args["pool.snapshot"]:
             args.rest.append(f"--worker.snapshot={snapshot.take(store.path, args['worker.main_import'])}")
         logs = Path(store.path) / "runs" / f"pool-{os.getpid()}"
-        if args["pool.executor"] == "slurm":
-            workers = args["pool.workers"]
-            executor: Executor | None = _slurm(args, workers, logs)
-        else:
-            workers, executor = _local(args, logs)
+        engine: Callable[..., tuple[int, Executor | None]] = {"local": _local, "slurm": _slurm, "ray": _ray}[
+            args["pool.executor"]
+        ]
+        workers, executor = engine(args, logs)
         if executor is None:
             return 0
         code = run_pool(share, executor, workers)
@@ -203,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _local(args: cli.Arguments, logs: Path) -> tuple[int, LocalExecutor]:
+def _local(args: cli.Arguments, logs: Path) -> tuple[int, Executor]:
     workers, visible = args["pool.workers"] or cores(), []
     environment = {POOL_VARIABLE: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     if args.given("pool.gpus"):
@@ -213,7 +211,7 @@ def _local(args: cli.Arguments, logs: Path) -> tuple[int, LocalExecutor]:
         if gpus.VARIABLE not in os.environ:  # numbers are nvidia-smi's; CUDA's own order is the fastest first
             environment["CUDA_DEVICE_ORDER"] = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return workers, LocalExecutor(
-        [sys.executable, "-m", "datamodels.worker", *_for_worker(args)],
+        _command(args),
         workers=workers,
         logs=logs,
         environment=environment,
@@ -221,8 +219,20 @@ def _local(args: cli.Arguments, logs: Path) -> tuple[int, LocalExecutor]:
     )
 
 
-def _slurm(args: cli.Arguments, workers: int, logs: Path) -> SlurmExecutor | None:
+def _ray(args: cli.Arguments, logs: Path) -> tuple[int, Executor]:
+    each = args["pool.gpus_per_worker"] if args.given("pool.gpus") else 0
+    module = ray.connect()
+    places = ray.places(module, each)
+    if places == 0:
+        kind = f"one core and {each:g} GPU{'s' * (each != 1)}" if each else "one core"
+        raise ConfigError(f"--pool.executor=ray: the cluster has no place for a worker with {kind}")
+    executor = ray.RayExecutor(module, _command(args), logs=logs, pool=POOL_VARIABLE, gpus_each=each)
+    return args["pool.workers"] or places, executor
+
+
+def _slurm(args: cli.Arguments, logs: Path) -> tuple[int, Executor | None]:
     """The executor, or None where the script was only to be written."""
+    workers = args["pool.workers"]
     if workers == 0:
         raise ConfigError("--pool.workers: SLURM must be told how many; each is one task of an array")
     template = None
@@ -232,12 +242,12 @@ def _slurm(args: cli.Arguments, workers: int, logs: Path) -> SlurmExecutor | Non
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--pool.template ({args.where('pool.template')}): cannot be read: {error}") from None
     resources = slurm.Resources(**args.section("pool.slurm"))
-    executor = SlurmExecutor(slurm.script(_for_worker(args), workers, logs, resources, template), logs)
+    executor = slurm.SlurmExecutor(slurm.script(_for_worker(args), workers, logs, resources, template), logs)
     if args["pool.submit"]:
-        return executor
+        return workers, executor
     print(executor.script)
     _say(f"written, not submitted; {workers} workers start with: sbatch {executor.script}")
-    return None
+    return workers, None
 
 
 def _refuse(key: str, where: str) -> None:
@@ -252,15 +262,21 @@ def _refuse(key: str, where: str) -> None:
 def _refuse_other_engines(args: cli.Arguments) -> None:
     """Options of an engine that was not asked for; one file may hold those of several where the engine is named."""
     engine = args["pool.executor"]
-    foreign = {
-        "slurm": ["pool.gpus"],
-        "local": ["pool.template", "pool.submit", *(f"pool.slurm.{name}" for name in SECTIONS["pool.slurm"])],
-    }[engine]
-    for key in foreign:
+    for key in ("pool.template", "pool.submit", *(f"pool.slurm.{name}" for name in SECTIONS["pool.slurm"])):
         if args.given(key) and not args.given("pool.executor"):
             raise ConfigError(f"--{key} ({args.where(key)}): is for SLURM; say --pool.executor=slurm (or local)")
     if engine == "slurm" and args.given("pool.gpus"):
         raise ConfigError("--pool.gpus: is for workers of this machine; SLURM gives its own: --pool.slurm.gpus=1")
+    if engine == "ray" and args.get("pool.gpus", "auto") != "auto":
+        raise ConfigError(
+            "--pool.gpus: Ray chooses the GPUs; say auto, and how much of one with --pool.gpus_per_worker"
+        )
+    if args.given("pool.gpus_per_worker") and not args.given("pool.gpus"):
+        raise ConfigError("--pool.gpus_per_worker: GPUs are shared out only with --pool.gpus=auto (or 0,1)")
+
+
+def _command(args: cli.Arguments) -> list[str]:
+    return [sys.executable, "-m", "datamodels.worker", *_for_worker(args)]
 
 
 def _for_worker(args: cli.Arguments) -> list[str]:

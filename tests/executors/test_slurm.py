@@ -213,7 +213,7 @@ def test_a_script_that_cannot_be_is_refused(tmp_path, options, message):
         (["--pool.executor=slurm", "--pool.workers=2", "--pool.template=none.sh"], "cannot be read: "),
         (["--pool.slurm.time=1:00:00"], "is for SLURM; say --pool.executor=slurm (or local)"),
         (["--pool.executor=slurm", "--pool.slurm.tim=1"], "unknown key; did you mean --pool.slurm.time?"),
-        (["--pool.executor=slrm"], "expected one of local, slurm"),
+        (["--pool.executor=slrm"], "expected one of local, slurm, ray"),
     ],
 )
 def test_a_mistake_is_refused_at_the_start(tmp_path, argv, message):

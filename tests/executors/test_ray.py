@@ -1,0 +1,164 @@
+"""Workers as tasks of Ray: a real cluster of three nodes on this host, one of which dies."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import needs
+from tests.executors.conformance import WAITS, WORKS, Conformance, workers_of
+from tests.jobs import Job, finish, plain, until
+
+CLUSTER = """
+import json, sys
+from ray.cluster_utils import Cluster
+cluster = Cluster()
+small = {'object_store_memory': 80 << 20}
+def node(**more):
+    return cluster.add_node(**more, **small).all_processes['raylet'][0].process.pid
+def say(what):
+    print(json.dumps(what), flush=True)
+node(num_cpus=0, include_dashboard=False)
+say([cluster.address, [node(num_cpus=2, num_gpus=1) for _ in range(2)]])
+for line in sys.stdin:
+    nodes = cluster.global_state.node_table()
+    say(node(num_cpus=2, num_gpus=1) if line.strip() == 'add' else sum(row['Alive'] for row in nodes))
+cluster.shutdown()
+"""
+
+
+class Cluster:
+    """A head without cores and two nodes with two each; in a process of its own, for Ray's warnings are not ours."""
+
+    def __init__(self):
+        quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", CLUSTER],
+            env={**os.environ, **quick, "RAY_health_check_timeout_ms": "1000"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.address, self.raylets = json.loads(self.process.stdout.readline())
+
+    def ask(self, what):
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def kill(self, pid):
+        """kill -9 of the raylet that a worker descends from; the processes that it had started."""
+        while pid not in self.raylets:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        below = descendants(pid)
+        os.kill(pid, signal.SIGKILL)
+        self.raylets.remove(pid)
+        return below
+
+    def heal(self):
+        self.raylets.append(self.ask("add"))
+
+    def close(self):
+        self.process.communicate(timeout=60)
+
+
+def descendants(pid):
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    return children + [below for child in children for below in descendants(child)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    needs.ray()
+    cluster = Cluster()
+    yield cluster
+    cluster.close()
+
+
+@pytest.mark.slow
+class TestRay(Conformance):
+    options = ("--pool.executor=ray",)
+
+    @pytest.fixture
+    def environment(self, cluster):
+        return {"RAY_ADDRESS": cluster.address, "PYTHONWARNINGS": "ignore"}
+
+    def test_workers_share_gpus_when_they_ask_for_a_part(self, tmp_path, start):
+        source = """
+import os, time
+def main(index):
+    open(f'here-{os.getpid()}', 'w')
+    while sum(name.startswith('here') for name in os.listdir('.')) < 4: time.sleep(.01)
+    return {'x': int(os.environ['CUDA_VISIBLE_DEVICES'])}
+"""
+        job = Job(tmp_path, plain(4), source)
+        code, _, err = finish(start(job, "--pool.gpus=auto", "--pool.gpus_per_worker=0.5", workers=4), self.patience)
+        assert code == 0, err
+        assert len(set(job.array("_rows")["run"].tolist())) == 4
+        code, _, err = finish(start(Job(folder(tmp_path), plain(1), source), "--pool.gpus=auto",
+                                    "--pool.gpus_per_worker=3"))  # fmt: skip
+        assert code == 2 and "the cluster has no place for a worker with one core and 3 GPUs" in err
+
+    def test_a_raylet_that_is_killed_loses_no_row_while_what_it_had_started_lives_on(self, tmp_path, start, cluster):
+        job = Job(tmp_path, plain(12), WAITS)
+        process = start(job)
+        until(lambda: len([row for row in job.calls() if int(row) >= 6]) == 2)
+        cluster.kill(workers_of(job)[0])
+        until(lambda: cluster.ask("alive") == 2)
+        cluster.heal()
+        (tmp_path / "go").touch()
+        code, _, err = finish(process, self.patience)
+        assert (code, job.completed, job.attempts) == (0, [True] * 12, [1] * 12), err
+        assert len(job.calls()) - 12 in (0, 1, 2) and len(set(job.calls())) == 12  # given back, or finished
+
+    def test_a_node_that_dies_with_all_it_had_started_has_its_workers_begun_elsewhere(self, tmp_path, start, cluster):
+        job = Job(tmp_path, plain(12), WAITS)
+        process = start(job)
+        until(lambda: len([row for row in job.calls() if int(row) >= 6]) == 2)
+        before = set(workers_of(job))
+        killed = cluster.kill(min(before))
+        for pid in killed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        lost = len(before & set(killed))
+        until(lambda: len(set(workers_of(job)) - before) == lost)
+        (tmp_path / "go").touch()
+        code, _, err = finish(process, self.patience)
+        assert (code, job.completed) == (0, [True] * 12), err
+        assert "starting it again" not in err  # it was Ray who did
+        assert lost >= 1 and sum(job.attempts) == len(job.calls()) == 12 + lost
+        until(lambda: cluster.ask("alive") == 2)
+        cluster.heal()
+
+
+def folder(path):
+    (path / "second").mkdir()
+    return path / "second"
+
+
+def test_without_ray_it_is_told_how_to_get_it(tmp_path):
+    job = Job(tmp_path, plain(2), WORKS % 0)
+    (tmp_path / "ray.py").write_text("raise ImportError('no ray here')")
+    code, out, err = finish(job.start(module="datamodels.pool", argv=[*job.argv(), "--pool.executor=ray"]))
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "Ray is not installed here; pip install 'datamodels-store[ray]' does that" in err
+    job = Job(folder(tmp_path), plain(2), WORKS % 0)
+    (job.folder / "ray.py").write_text("raise RuntimeError('nobody asked for it')")
+    code, _, err = finish(job.start(module="datamodels.pool", argv=[*job.argv(), "--pool.workers=1"]))
+    assert code == 0, err
+
+
+def test_an_address_where_nobody_answers(tmp_path):
+    needs.ray()
+    job = Job(tmp_path, plain(2), WORKS % 0)
+    argv = [*job.argv(), "--pool.executor=ray"]
+    code, _, err = finish(job.start(module="datamodels.pool", argv=argv, env={"RAY_ADDRESS": "127.0.0.1:1"}))
+    assert code == 2 and "RAY_ADDRESS: nobody answers at 127.0.0.1:1" in err.splitlines()[-1]
