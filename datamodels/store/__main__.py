@@ -17,7 +17,7 @@ from datamodels import cli
 from datamodels.cli import Arguments, Option, Verb
 from datamodels.errors import ConfigError, RowError, json_mistake
 from datamodels.spec import ROLES, Field
-from datamodels.store import Failure, Store
+from datamodels.store import Failure, Store, screens
 from datamodels.store.check import verify
 from datamodels.store.claims import who
 from datamodels.store.compact import compact
@@ -26,6 +26,7 @@ from datamodels.store.grow import Change, add_key, grow
 from datamodels.store.merge import FAILURES, Merged, merge
 from datamodels.store.repair import repair
 from datamodels.store.reset import FAILED, failed_rows, parse_rows, reset
+from datamodels.store.status import progress
 
 DIR = ("dir", "the store")
 VERIFY_HINT = "python -m datamodels.store repair DIR --dry_run says what can be done"
@@ -35,22 +36,14 @@ JSON = Option(bool, "print it as JSON", default=False)
 
 
 def status(args: Arguments) -> int:
-    with Store.open(args.positional["dir"]) as store:
-        state = store.status(failures=args["store.failures"])
-        if args["store.json"]:
-            print(json.dumps(asdict(state), indent=1))
-            return 0
-        share = 100 * state.completed / state.num_models
-        print(
-            f"{store.path}: {state.completed:,} of {state.num_models:,} rows complete ({share:.1f} %), "
-            f"{state.running:,} claimed, {state.failed:,} failed, {state.pending:,} to do"
-        )
-        for failure in state.failures:
-            times = f"{failure.attempts} attempt{'s' * (failure.attempts != 1)}"
-            print(f"  row {failure.row}: {times}, {failure.error or 'no traceback'}")
-        if state.failed > len(state.failures):
-            print(f"  … and {state.failed - len(state.failures):,} more (--failures)")
+    path, failures, as_json = args.positional["dir"], args["store.failures"], args["store.json"]
+    if args["store.watch"]:
+        screens.watch(path, failures=failures, as_json=as_json, interval=args["store.interval"])
         return 0
+    with Store.open(path) as store:
+        state = progress(store, failures=failures)
+    print(json.dumps(asdict(state), indent=1) if as_json else "\n".join(screens.lines(path, state)))
+    return 0
 
 
 def check(args: Arguments) -> int:
@@ -268,9 +261,14 @@ def _tell_living(path: str, change: Change, what: str) -> None:
 
 VERBS = {
     "status": Verb(
-        "how far it is, and what failed",
+        "how far it is, how fast it gets on, and what failed",
         status,
-        {"json": JSON, "failures": Option(int, "how many failed rows to list", default=20, min=0)},
+        {
+            "watch": Option(bool, "go on showing it until all rows are complete; Ctrl-C ends it", default=False),
+            "interval": Option(float, "seconds between two looks of --watch: 2 on a terminal, 15 elsewhere", min=0.1),
+            "failures": Option(int, "how many failed rows to list", default=20, min=0),
+            "json": Option(bool, "print it as JSON; with --watch an object a line", default=False),
+        },
         (DIR,),
     ),
     "verify": Verb(

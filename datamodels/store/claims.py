@@ -457,23 +457,25 @@ def who(folder: Path, run: str) -> str:
     return f"run {run} on {record.get('host', 'an unknown host')}, process {record.get('pid', 'unknown')}"
 
 
-def claimed(folder: Path, names: Sequence[str]) -> dict[int, str]:
-    """Rows of the claims named, each with the run of the highest generation, but not those of runs that have ended."""
+def claimants(folder: Path, names: Sequence[str]) -> dict[int, str]:
+    """Rows of the claims named, each with the run of the highest generation, dead or alive."""
     top: dict[int, int] = {}
     for name in names:
         row, _, generation = name.partition(".")
         if row.isdecimal() and generation.isdecimal():
             top[int(row)] = max(int(generation), top.get(int(row), 0))
-    holders: dict[int, str] = {}
-    over: dict[str, bool] = {}
+    found: dict[int, str] = {}
     for number, highest in top.items():
         with contextlib.suppress(OSError):
-            run = os.readlink(folder / "claims" / f"{number}.{highest}")
-            if run not in over:
-                over[run] = ended(run_record(folder, run))
-            if not over[run]:
-                holders[number] = run
-    return holders
+            found[number] = os.readlink(folder / "claims" / f"{number}.{highest}")
+    return found
+
+
+def claimed(folder: Path, names: Sequence[str]) -> dict[int, str]:
+    """The same, without the claims of runs that have ended."""
+    found = claimants(folder, names)
+    over = {run: ended(run_record(folder, run)) for run in set(found.values())}
+    return {row: run for row, run in found.items() if not over[run]}
 
 
 def _alive(record: dict[str, Any] | None) -> bool | None:

@@ -495,6 +495,10 @@ class Store:
             for row in stale:  # a replacement that a crash cut short; applied later, it would undo this commit
                 self.disk.remove(f"{commits.JOURNAL}/{row}")
 
+    def changed(self) -> bool:
+        """Whether the store has got rows or keys since it was opened."""
+        return _version(self.path) != self._version
+
     def _learn_keys(self) -> None:
         """Know of keys that were added since this store was opened: a row that is run again must not keep them."""
         version = _version(self.path)

@@ -1054,7 +1054,7 @@ def test_status_and_verify_on_the_command_line(store, capsys):
     store.run.release(2, done=False)
     assert command.main(["status", str(store.path)]) == 0
     out = capsys.readouterr().out
-    assert "2 of 6 rows complete (33.3 %), 0 claimed, 1 failed, 3 to do" in out
+    assert "2 of 6 rows complete (33.3 %), 0 running, 1 failed, 3 to do" in out
     assert "row 2: 1 attempt, ValueError: too bad" in out
     assert command.main(["status", str(store.path), "--store.json"]) == 0
     assert json.loads(capsys.readouterr().out)["failures"] == [
