@@ -167,6 +167,17 @@ def test_a_worker_that_is_asked_to_end_is_started_again(tmp_path):
     assert "ended with code 143" in err
 
 
+def test_a_worker_whose_time_is_up_is_started_again_while_others_are_at_work(tmp_path):
+    job = Pool(tmp_path, plain(30), WORKS % 0.1)
+    process = job.start()
+    until(lambda: len(job.calls()) > 2)
+    os.kill(job.workers(process.pid)[0], signal.SIGUSR1)
+    code, _, err = finish(process)
+    assert (code, job.completed, job.attempts) == (0, [True] * 30, [1] * 30)
+    assert re.search(r"worker \d ended with code 0 after \d+ s; starting it again", err)
+    assert len(set(job.array("_rows")["run"].tolist())) == 3
+
+
 @pytest.mark.parametrize("line", ["os._exit(0)", "os._exit(1)", "__import__('ctypes').string_at(0)"])
 def test_a_main_that_always_takes_its_process_down(tmp_path, line):
     job = Pool(tmp_path, plain(400), CALLED + f"import os\ndef main(index):\n    called(index)\n    {line}")

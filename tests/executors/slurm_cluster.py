@@ -38,6 +38,7 @@ SchedulerParameters=sched_min_interval=10000,sched_interval=1,bf_interval=1
 SlurmdTimeout=10
 KillWait=5
 ReturnToService=2
+JobRequeue=0
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
@@ -84,7 +85,7 @@ class Cluster:
                 *(f"--{option}={self.folder / name}" for option, name in files.items()),
             )
             until(lambda: (self.folder / "munge.socket").exists())
-            self.start("slurmctld", "-D")
+            self.start_controller()
             for node in ("n0", "n1"):
                 self.start_node(node)
             until(lambda: self.nodes() == {"n0": "idle", "n1": "idle"})
@@ -118,6 +119,14 @@ class Cluster:
                 stderr=out,
                 start_new_session=True,
             )
+
+    def start_controller(self):
+        self.start("slurmctld", "-D")
+
+    def stop_controller(self):
+        process = self._daemons.pop("slurmctld -D")
+        process.terminate()
+        process.wait()
 
     def start_node(self, node):
         self.start("slurmd", "-D", "-N", node)

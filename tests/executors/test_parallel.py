@@ -13,6 +13,7 @@ from tests.jobs import CALLED, ROOT, Job, plain
 SCRIPT = str(ROOT / "worker_scripts/parallel.sh")
 
 
+@pytest.mark.slow
 class TestWorkers(Conformance):
     @pytest.fixture
     def environment(self):

@@ -55,7 +55,7 @@ class Cluster:
     def kill(self, pid):
         """kill -9 of the raylet that a worker descends from; the processes that it had started."""
         while pid not in self.raylets:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            pid = parent(pid)
         below = descendants(pid)
         os.kill(pid, signal.SIGKILL)
         self.raylets.remove(pid)
@@ -66,6 +66,10 @@ class Cluster:
 
     def close(self):
         self.process.communicate(timeout=60)
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def descendants(pid):
@@ -106,6 +110,18 @@ def main(index):
         code, _, err = finish(start(Job(folder(tmp_path), plain(1), source), "--pool.gpus=auto",
                                     "--pool.gpus_per_worker=3"))  # fmt: skip
         assert code == 2 and "the cluster has no place for a worker with one core and 3 GPUs" in err
+
+    def test_what_a_killed_task_had_started_gives_its_row_back(self, tmp_path, start, cluster):
+        job = Job(tmp_path, plain(12), WAITS)
+        process = start(job)
+        until(lambda: len([row for row in job.calls() if int(row) >= 6]) == 2)
+        before = workers_of(job)
+        os.kill(parent(before[0]), signal.SIGKILL)
+        until(lambda: len(set(workers_of(job)) - set(before)) == 1 and before[0] not in workers_of(job))
+        (tmp_path / "go").touch()
+        code, _, err = finish(process, self.patience)
+        assert (code, job.completed, job.attempts) == (0, [True] * 12, [1] * 12), err
+        assert len(job.calls()) == 13 and "starting it again" not in err
 
     def test_a_raylet_that_is_killed_loses_no_row_while_what_it_had_started_lives_on(self, tmp_path, start, cluster):
         job = Job(tmp_path, plain(12), WAITS)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,27 @@ class TestSlurm(Conformance):
         code, _, err = finish(process, self.patience)
         assert (code, job.attempts) == (0, [1] * 12), err
 
+    def test_the_pool_waits_while_slurm_does_not_answer_or_takes_no_job(self, tmp_path, start, cluster):
+        job = Job(tmp_path, plain(12), WAITS)
+        process = start(job)
+        self.in_hand(job)
+        before = workers_of(job)
+        cluster.stop_controller()
+        time.sleep(3)  # in which the pool asks
+        cluster.start_controller()
+        until(lambda: len(cluster.nodes()) == 2)
+        cluster.run("scontrol", "update", "partitionname=work", "state=inactive")
+        os.kill(before[0], signal.SIGKILL)
+        until(lambda: cluster.jobs(states="FAILED"))
+        time.sleep(3)  # in which it asks for another
+        assert process.poll() is None and len(workers_of(job)) == 1
+        cluster.run("scontrol", "update", "partitionname=work", "state=up")
+        until(lambda: len(set(workers_of(job)) - set(before)) == 1)
+        (tmp_path / "go").touch()
+        code, _, err = finish(process, self.patience)
+        assert (code, job.completed) == (0, [True] * 12), err
+        assert sum(job.attempts) == 13
+
     def test_a_pool_whose_terminal_is_closed_leaves_the_workers_at_work(self, tmp_path, start, cluster):
         job = Job(tmp_path, plain(12), WAITS)
         process = start(job)
@@ -186,6 +208,18 @@ def test_arguments_and_paths_with_spaces_reach_the_worker(tmp_path):
     done = subprocess.run(["sh", "-c", written], capture_output=True, text=True, check=True)
     assert done.stdout == "".join(f"{argument}|" for argument in arguments)
     assert f"#SBATCH '--output={tmp_path}/a b%%/worker-%a.log'" in written
+
+
+def test_a_warning_before_the_worker_listens_does_not_end_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.chdir(tmp_path)
+    job = Job(tmp_path, plain(4), WORKS % 0)
+    written = text(*job.argv(), logs=tmp_path)
+    process = subprocess.Popen(["bash", "-c", written], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: "python" in Path(f"/proc/{process.pid}/cmdline").read_text())
+    process.send_signal(signal.SIGUSR1)
+    code, _, err = finish(process)
+    assert (code, job.completed) == (0, [True] * 4), err
 
 
 @pytest.mark.parametrize(
