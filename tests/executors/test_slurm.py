@@ -214,9 +214,9 @@ def test_a_warning_before_the_worker_listens_does_not_end_it(tmp_path, monkeypat
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.chdir(tmp_path)
     job = Job(tmp_path, plain(4), WORKS % 0)
-    written = text(*job.argv(), logs=tmp_path)
-    process = subprocess.Popen(["bash", "-c", written], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: "python" in Path(f"/proc/{process.pid}/cmdline").read_text())
+    (tmp_path / "script").write_text(text(*job.argv(), logs=tmp_path))
+    process = subprocess.Popen(["bash", "script"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: "datamodels.worker" in Path(f"/proc/{process.pid}/cmdline").read_text())
     process.send_signal(signal.SIGUSR1)
     code, _, err = finish(process)
     assert (code, job.completed) == (0, [True] * 4), err
