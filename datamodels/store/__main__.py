@@ -116,25 +116,22 @@ def join(args: Arguments) -> int:
     sources = args.positional["stores"]
     if not sources:
         raise ConfigError("stores (command line): expected the stores to merge, as in: merge A B --into C")
-    with tqdm(unit="row", disable=not sys.stderr.isatty()) as bar:
+    with _row_bar() as bar:
         merged = merge(sources, args["store.into"], progress=partial(_show_rows, bar))
     return _say_copied(merged)
 
 
 def pack(args: Arguments) -> int:
-    with tqdm(unit="row", disable=not sys.stderr.isatty()) as bar:
+    with _row_bar() as bar:
         done = compact(args.positional["dir"], args["store.into"], progress=partial(_show_rows, bar))
     code = _say_copied(done.merged)
-    smaller = f"{done.before:,} bytes, {done.after:,} after ({done.before / done.after:.1f} times smaller)"
+    smaller = f"{done.before:,} bytes before, {done.after:,} after ({done.before / done.after:.1f} times smaller)"
     print(f"{', '.join(done.keys)} packed: {smaller}")
     return code
 
 
 def tabulate(args: Arguments) -> int:
-    with (
-        Store.open(args.positional["dir"]) as store,
-        tqdm(unit="row", disable=not sys.stderr.isatty()) as bar,
-    ):
+    with Store.open(args.positional["dir"]) as store, _row_bar() as bar:
         done = export(
             store,
             args["store.table"],
@@ -149,6 +146,11 @@ def tabulate(args: Arguments) -> int:
     for key, why in done.left_out.items():
         print(f"  {key} is not in it: {why}; name it in --keys to have it")
     return 0
+
+
+def _row_bar() -> tqdm[NoReturn]:
+    """A bar whose total is known later; what it showed at the end is said by the verb."""
+    return tqdm(unit="row", leave=False, disable=not sys.stderr.isatty())
 
 
 def _show_rows(bar: tqdm[NoReturn], rows: int, total: int) -> None:

@@ -475,12 +475,15 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_before_any_system_call_it_is_run_again_and_completes(tmp_path, step):
-    small = {"num_models": 4, "schema": {"x": {"shape": [2], "dtype": "float32"}}}
+    small = {
+        "num_models": 4,
+        "schema": {"x": {"shape": [2], "dtype": "float32"}, "e": {"shape": [], "dtype": "int8", "required": False}},
+    }
     for name, rows in (("A", [0, 1]), ("B", [1, 3])):
         with Store.create(tmp_path / name, small, sync=False) as store:
             (tmp_path / name / "workers" / str(rows[1])).mkdir()
             (tmp_path / name / "workers" / str(rows[1]) / "main.log").write_text(str(rows[1]))
-            store.commit_many(rows, {"x": [[row, row] for row in rows]})
+            store.commit_many(rows, {"x": [[row, row] for row in rows], **({"e": [7, 8]} if name == "B" else {})})
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(ROOT)], **pipes)
     kills = partly = 0
@@ -502,8 +505,9 @@ def test_killed_before_any_system_call_it_is_run_again_and_completes(tmp_path, s
             assert merged.completed == 3 and merged.missing == () and merged.busy == (), stop
             with Store.open(target) as store:
                 assert list(verify(store)) == [], stop
-            same_rows(target, tmp_path / "A", [0, 1])
+            same_rows(target, tmp_path / "A", [0])
             same_rows(target, tmp_path / "B", [3])
+            assert np.load(target / "x.npy")[1].tolist() == [1, 1] and np.load(target / "e.npy")[1] == 7, stop
             assert folder(target / "workers") == {"1/main.log": b"1", "3/main.log": b"3"}, stop
             shutil.rmtree(target)
             if status == 0:
