@@ -133,6 +133,7 @@ def run_pool(
         watch.close()
         return _report(share, say)
     except Interrupted as interrupted:
+        watch.write("stopping the workers; rows in hand are given back")
         _stop(executor, share)
         watch.close()
         status = share.status(3)

@@ -92,7 +92,7 @@ def _is(level: Any, word: str) -> bool:
     if isinstance(level, str):
         return word == level
     try:
-        return float(word) == level
+        return bool(float(word) == level)
     except ValueError:
         return False
 
