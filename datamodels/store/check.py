@@ -23,7 +23,8 @@ from datamodels.store.store import Store
 T = TypeVar("T")
 R = TypeVar("R")
 
-_CHUNK_BYTES, _CHUNK_ROWS = 1 << 23, 1 << 16
+_CHUNK_BYTES, _CHUNK_ROWS = 1 << 22, 1 << 16
+_WIDE = 8192  # bytes of a row
 _LOOKS, _LOOK_SECONDS = 4, 0.1
 
 
@@ -83,7 +84,8 @@ def verify(
 ) -> Iterator[Problem]:
     """Problems of all complete rows, of journals, and of rows that lost their flag; key by key, rows ascending.
 
-    `progress` is told of bytes as they are checked; `threads` read and check at once, one per core by default.
+    `progress` is told of bytes as they are checked; `threads` read and check at once, by default one per core where
+    rows are long.
     """
     flags = np.frombuffer(store.layout.read(commits.COMPLETED_FILE, 0, store.num_models, 1), "u1")
     for flag in np.flatnonzero(flags > 1):
@@ -102,7 +104,10 @@ def verify(
         for step in [min(_CHUNK_ROWS, max(1, _CHUNK_BYTES // max(1, field.nbytes)))]
         for start in range(0, len(rows), step)
     )
-    for found, size in in_order(lambda chunk: _check_chunk(store, *chunk), chunks, threads or os.cpu_count() or 1):
+    if threads is None:  # the checksum of a short row holds the interpreter's lock
+        widest = max(field.nbytes for field in store.spec.schema.values())
+        threads = os.cpu_count() or 1 if widest >= _WIDE and len(rows) * widest > _CHUNK_BYTES else 1
+    for found, size in in_order(lambda chunk: _check_chunk(store, *chunk), chunks, threads):
         yield from found
         progress(size)
 
@@ -162,7 +167,8 @@ def _check_chunk(store: Store, field: Field, rows: list[int]) -> tuple[list[Prob
     """Problems of one key of some complete rows, and how many bytes were looked at."""
     records, blobs = store.layout.records(field.name, rows), store.blobs(field, rows)
     there = np.arange(len(rows)) if field.required else np.flatnonzero(records["status"] == commits.VALID)
-    absent = np.setdiff1d(np.arange(len(rows)), there, assume_unique=True)
+    tried = (records["status"] != commits.VALID) & (records != np.zeros((), commits.KEY_RECORD))
+    absent = [] if field.required else np.flatnonzero(tried).tolist()
     if commits.first_problem(
         records[there], field.name, [rows[i] for i in there], [blobs[i] for i in there]
     ) is None and all(commits.key_record_intact(records[i], field.name, rows[i]) for i in absent):
