@@ -168,12 +168,22 @@ def test_a_worker_that_is_asked_to_end_is_started_again(tmp_path):
 
 
 def test_a_worker_whose_time_is_up_is_started_again_while_others_are_at_work(tmp_path):
-    job = Pool(tmp_path, plain(30), WORKS % 0.1)
+    source = """
+def main(index):
+    called(index)
+    while not os.path.exists('go') and not os.path.exists(f'go-{index}'): time.sleep(.02)
+    return {'x': index}
+"""
+    job = Pool(tmp_path, plain(8), f"import time{CALLED}{source}")
     process = job.start()
-    until(lambda: len(job.calls()) > 2)
+    until(lambda: len(job.calls()) == 2)
     os.kill(job.workers(process.pid)[0], signal.SIGUSR1)
+    for row in job.calls():
+        (tmp_path / f"go-{row}").touch()
+    until(lambda: len(job.calls()) == 4)  # the other one's next row, and the first of a third
+    (tmp_path / "go").touch()
     code, _, err = finish(process)
-    assert (code, job.completed, job.attempts) == (0, [True] * 30, [1] * 30)
+    assert (code, job.completed, job.attempts) == (0, [True] * 8, [1] * 8)
     assert re.search(r"worker \d ended with code 0 after \d+ s; starting it again", err)
     assert len(set(job.array("_rows")["run"].tolist())) == 3
 

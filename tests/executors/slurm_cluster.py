@@ -37,6 +37,7 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_min_interval=10000,sched_interval=1,bf_interval=1
 SlurmdTimeout=10
 KillWait=5
+MessageTimeout=4
 ReturnToService=2
 JobRequeue=0
 AccountingStorageType=accounting_storage/none
