@@ -135,6 +135,7 @@ def test_parquet_is_bit_exact(varied, tmp_path):
             assert [f"[{n}]" for n in entry["shape"]] == [f"[{k.partition(']')[0]}]" for k in kind.split("[")[1:]][::-1]
             assert found.astype(wanted.dtype).tobytes() == found.tobytes() == wanted.tobytes(), key
         else:
+            assert "fixed" not in kind  # arrow divides by the size of such a list, and the reader's process dies
             assert found.size == 0 and len(table[key].drop_null()) == len(there)
         if entry["dtype"] == "float16" and found.size:
             nans.update(found.view("u2")[np.isnan(found)].tolist())

@@ -139,9 +139,12 @@ def test_a_second_time_there_is_nothing_to_do(two, tmp_path):
 
 def test_into_a_store_that_has_rows_of_its_own(two, tmp_path):
     fill(tmp_path / "C", [1, 9])
+    with Store.open(two[0]) as store:
+        fails(store, 9, "ValueError: of no interest, since the target has the row")
     before = {row: np.load(tmp_path / "C" / "_rows.npy")[row].tobytes() for row in (1, 9)}
     merged = merge(two, tmp_path / "C")
     assert not merged.created and [source.copied for source in merged.sources] == [4, 3] and merged.completed == 9
+    assert [source.failed for source in merged.sources] == [0, 0]
     records = np.load(tmp_path / "C" / "_rows.npy")
     assert {row: records[row].tobytes() for row in (1, 9)} == before
     same_rows(tmp_path / "C", two[0], [0, 2, 3, 8])
@@ -196,11 +199,14 @@ def test_folders_are_durable_before_their_rows_and_few_at_once(two, tmp_path, mo
             steps.append((int(path.parts[len(tmp_path.parts) + 2]), sync))
         return whole(path, sync=sync)
 
+    def count(store, encoded, **more):
+        steps.append(list(encoded))
+        assert list(store.run.claims) == list(encoded)
+        return commit(store, encoded, **more)
+
     monkeypatch.setattr(merge_module, "_FOLDERS_AT_ONCE", 2)
     monkeypatch.setattr(merge_module.files, "whole", write)
-    monkeypatch.setattr(
-        Store, "commit_encoded", lambda *args, **more: steps.append(list(args[1])) or commit(*args, **more)
-    )
+    monkeypatch.setattr(Store, "commit_encoded", count)
     merge(two, tmp_path / "C")
     twice = [(row, True) for row in (0, 0, 2, 2, 8, 8, 4, 4, 6, 6)]
     assert steps == [*twice[:4], [0, 1, 2], *twice[4:6], [3, 8], *twice[6:], [4, 5, 6]]
@@ -231,6 +237,51 @@ def test_a_row_is_of_one_commit_while_it_is_replaced(two, monkeypatch):
         monkeypatch.setattr(rows_module, "_read_key", slow)
         found = read_rows(store, [0, 1, 2], ["masks", "y"])
     assert found.rows == [0, 2] and "changed while it was read" in found.damaged[1]
+
+
+def test_a_row_whose_flag_is_taken_back_while_it_is_read_is_not_complete(two, monkeypatch):
+    with Store.open(two[0]) as store:
+        store.layout.write(commits.COMPLETED_FILE, [1], [b"\0"], lambda: None)
+        found = read_rows(store, [0, 1, 2], ["masks", "y"])
+    assert found.rows == [0, 2] and "changed while it was read" in found.damaged[1]
+
+
+def meanwhile(monkeypatch, call):
+    """Do something when a merge has begun to read."""
+    read = merge_module.read_rows
+
+    def then(*args, **more):
+        if then.call:
+            then.call, now = None, then.call
+            now()
+        return read(*args, **more)
+
+    then.call = call
+    monkeypatch.setattr(merge_module, "read_rows", then)
+
+
+def test_a_row_that_somebody_completes_meanwhile_is_theirs(two, tmp_path, monkeypatch):
+    def complete():
+        with Store.open(tmp_path / "C") as store:
+            store.commit_many([2], {"y": [value(2, 1)]})
+
+    fill(tmp_path / "C", [])
+    meanwhile(monkeypatch, complete)
+    merged = merge(two, tmp_path / "C")
+    assert merged.busy == (2,) and merged.missing == () and merged.copied == 7
+    with Store.open(tmp_path / "C") as store:
+        assert store.rows("y", [2]).tobytes() == value(2, 1).tobytes()
+    with pytest.raises(StoreError, match="row 2 .y. in"):
+        merge(two, tmp_path / "C")
+
+
+def test_a_row_that_is_cleared_meanwhile_gets_no_key(tmp_path, monkeypatch):
+    target, source = fill(tmp_path / "A", [0, 3], notes=False), fill(tmp_path / "B", [0, 3])
+    meanwhile(monkeypatch, lambda: command.main(["reset", str(target), "--rows=3"]))
+    merged = merge([source], target)
+    assert merged.busy == merged.missing == (3,) and merged.sources[0].keys == {"note": 1}
+    assert not np.load(target / "_keys" / "note.npy")["status"][3]
+    assert merge([source], target).missing == ()
 
 
 def test_memory_does_not_grow_with_the_store(tmp_path, monkeypatch):
