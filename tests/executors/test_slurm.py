@@ -125,7 +125,7 @@ class TestSlurm(Conformance):
         self.in_hand(job)
         before = workers_of(job)
         cluster.stop_controller()
-        time.sleep(7)  # in which the pool asks and is not answered
+        time.sleep(9)  # squeue asks for six, and has no answer
         cluster.start_controller()
         until(lambda: len(cluster.nodes()) == 2)
         cluster.run("scontrol", "update", "partitionname=work", "state=inactive")
