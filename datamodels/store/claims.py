@@ -37,6 +37,9 @@ from datamodels.errors import ClaimLost, StoreError
 TIME_TO_LIVE = 120.0
 """Seconds without a heartbeat after which another host may take a row."""
 
+_LOCK_LEASES = 4
+"""Leases for which the commit lock of a silent run on another host is waited for."""
+
 _LOOK_AGAIN = 1.0
 """Seconds between two looks at all claims of a commit (its lease is checked before every write), or at a living run."""
 
@@ -273,8 +276,9 @@ class Run:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
-                return
+                if not self._left_behind(holder):
+                    yield False
+                    return
             except OSError:  # a file system without locks; the holder's heartbeat has decided
                 pass
             yield True
@@ -283,6 +287,14 @@ class Run:
                     os.unlink(lock)
         finally:
             os.close(fd)
+
+    def _left_behind(self, holder: str) -> bool:
+        """Whether nobody may be there to give up the lock of a silent run.
+
+        NFS 3 keeps the locks of a machine that lost its power in a commit until it comes back, which may be never.
+        """
+        since = self._seen[holder][1] if holder in self._seen else time.monotonic()
+        return self.network and time.monotonic() - since > _LOCK_LEASES * self.time_to_live
 
     def _dead(self, holder: str) -> bool:
         """Whether a run has certainly ended; one of another host that is merely silent has not."""
@@ -332,6 +344,11 @@ class Run:
     def held(self, rows: Sequence[int]) -> None:
         """`ClaimLost` unless this run holds every one of `rows`, and on a network file system within its lease."""
         self._within_lease(rows)
+        if self.network:
+            # A machine that stood still, its clocks too, knows nothing of the time that passed, and NFS may answer from
+            # what it remembers of the folder; to open the folder is what makes it ask.
+            with contextlib.suppress(OSError):  # one that cannot be read has no claims either
+                os.close(os.open(self._claims, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         for row in rows:
             if not self.holds(row):
                 self.claims.pop(row, None)

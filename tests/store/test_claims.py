@@ -281,6 +281,30 @@ def test_a_holder_stopped_in_a_commit_is_not_even_overtaken_when_its_heartbeat_s
 # ------------------------------------------------------------------------------------ other hosts
 
 
+def test_a_lock_that_a_lost_machine_left_on_a_network_file_system_is_waited_for_four_leases(path):
+    near = claims.Run(path, network=True, time_to_live=0.25)
+    with Store.open(path, sync=False, time_to_live=60) as far, far.run.committing([]):  # its lock is held
+        assert far.run.take(1)
+        seem_elsewhere(path, far.run.id)
+        start = time.monotonic()
+        assert not near.take(1)
+        wait_for(lambda: near.take(1))
+        assert time.monotonic() - start > 1
+    near.close()
+
+
+def test_a_commit_looks_afresh_at_the_claims_on_a_network_file_system(path, monkeypatch):
+    run = claims.Run(path, network=True)
+    assert run.take(1)
+    opened = []
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda name, *args: opened.append(str(name)) or real(name, *args))
+    with run.committing([1]):
+        assert str(path / "claims") in opened  # on NFS that is what makes it ask the server
+    run.close()
+
+
+
 def test_a_holder_elsewhere_is_gone_when_its_heartbeat_stands_still(path):
     with Store.open(path, time_to_live=1000) as far, Store.open(path, time_to_live=0.4) as near:
         assert far.run.take(1) and far.run.take(2)
