@@ -304,7 +304,6 @@ def test_a_commit_looks_afresh_at_the_claims_on_a_network_file_system(path, monk
     run.close()
 
 
-
 def test_a_holder_elsewhere_is_gone_when_its_heartbeat_stands_still(path):
     with Store.open(path, time_to_live=1000) as far, Store.open(path, time_to_live=0.4) as near:
         assert far.run.take(1) and far.run.take(2)
