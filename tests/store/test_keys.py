@@ -51,7 +51,8 @@ def test_a_row_is_done_when_it_has_the_keys(both, path):
     before = untouched(path)
     assert both.completed().tolist() == [False, False, True, False, False, False]  # row 2 is not complete at all
     assert both.within(None).tolist() == [True, True, False, True, True, True]
-    both.commit_many([3, 0], {"a": [[3, -3], [0, 0]], "b": [values(3)["b"], values(0)["b"]]})
+    others = {"x": ["no number", None]}  # which are left as they are, so it does not matter
+    both.commit_many([3, 0], {"a": [[3, -3], [0, 0]], "b": [values(3)["b"], values(0)["b"]], **others})
     assert both.completed().tolist() == [True, False, True, True, False, False]
     assert untouched(path) == before
     with Store.open(path) as store:

@@ -145,6 +145,17 @@ def test_a_record_beyond_recognition(store, flag):
         assert store.layout.row_records([ROW])[0].tobytes() == bytes(64)
 
 
+@pytest.mark.parametrize(("key", "stays"), [("margins", False), ("extra", True)])
+def test_a_record_is_not_put_back_where_the_bytes_do_not_agree_with_it(store, key, stays):
+    flip(store, f"_keys/{key}.npy", store.layout.heads[f"_keys/{key}.npy"] + 16 * ROW + 5, 2)
+    flip(store, f"{key}.npy", store.layout.heads[f"{key}.npy"] + 8 * ROW, 2)
+    (step,) = repair(store)
+    assert step.what.startswith(
+        "'extra': its record is damaged; it is optional" if stays else "cleared, it will be run"
+    )
+    assert store.completed()[ROW] == stays and list(verify(store)) == []
+
+
 def test_a_damaged_record_of_a_row_that_failed(store):
     store.run.take(4)
     store.begin([4])

@@ -64,8 +64,11 @@ def test_rows_that_are_reset_are_as_if_never_run_and_no_other_changes(store):
 
 
 def test_optional_keys_alone(store):
+    record = commits.key_record("extra", 4, attempt=1, crc32=0)  # of a row that is not complete
+    store.layout.write("_keys/extra.npy", [4], [record], lambda: None)
     done = reset(store, [0, 2, 4], keys=["extra"])
     assert (done.rows, done.complete, done.untouched) == (2, 2, 1)
+    assert store.layout.records("extra", [4]).tobytes() == record
     assert store.rows("extra").tolist() == [2] and store.rows("x").tolist() == [[0, 0], [1, 1], [2, 2]]
     assert list(verify(store)) == []
     with pytest.raises(StoreError, match="key 'x' is required, so a row without it cannot stay complete"):

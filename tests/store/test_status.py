@@ -65,8 +65,7 @@ def test_each_row_is_counted_once(store):
     for row in (2, 3):
         store.run.take(row)
     store.begin([2])
-    store.fail(3, 2, "Traceback\nValueError: no")
-    store.run.release(3, done=False)
+    store.fail(3, 2, "Traceback\nValueError: no")  # and has not been given back yet
     gone = dead(store, 4)
     state = progress(store)
     assert (state.num_models, state.completed, state.running, state.failed, state.pending) == (10, 2, 1, 1, 6)
@@ -278,7 +277,7 @@ def test_on_a_terminal_it_is_drawn_in_place_until_all_rows_are_complete(store, t
     assert [line[:7] for line in screen[-4:]] == ["  row 0", "  row 1", "  row 2", "  … and"]
     assert sum(line.startswith(head) for line in screen) == 1, "a frame was drawn below the one before"
     commit(store, range(10))
-    until(lambda: terminal.process.poll() is not None)
+    until(lambda: terminal.read() is not None and terminal.process.poll() is not None)
     screen = terminal.read()
     assert terminal.process.returncode == 0
     assert len(screen) == 3 and screen[2] == "  note: 0 of the complete rows have it"
@@ -307,7 +306,7 @@ def test_ctrl_c_ends_it(store, terminal):
     terminal.start("status", str(store.path), "--watch", "--interval=0.1")
     until(lambda: len(terminal.read()) >= 3)
     os.write(terminal.master, b"\x03")
-    until(lambda: terminal.process.poll() is not None)
+    until(lambda: terminal.read() is not None and terminal.process.poll() is not None)
     assert terminal.process.returncode == 130 and b"Traceback" not in terminal.raw
     assert terminal.read()[-1].endswith("interrupted")
 
