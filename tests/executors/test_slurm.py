@@ -138,7 +138,7 @@ class TestSlurm(Conformance):
         (tmp_path / "go").touch()
         code, _, err = finish(process, self.patience)
         assert (code, job.completed) == (0, [True] * 12), err
-        assert sum(job.attempts) == 13
+        assert sum(job.attempts) == 13 and err.count("starting it again") == 1
 
     def test_a_pool_whose_terminal_is_closed_leaves_the_workers_at_work(self, tmp_path, start, cluster):
         job = Job(tmp_path, plain(12), WAITS)
