@@ -1,4 +1,4 @@
-"""Runs in a guest as its process 1: shell commands come in by the serial port, one JSON line each, results go back."""
+"""Process 1 of a guest: shell commands, and signals to them, come in by the serial port as lines of JSON."""
 
 import json
 import os
@@ -19,11 +19,21 @@ def main(path: str) -> None:
             while data:
                 data = data[os.write(port, data) :]
 
+    running: dict[int, subprocess.Popen[str]] = {}
+
     def run(number: int, command: str) -> None:
-        done = subprocess.run(
-            ["bash", "-c", command], capture_output=True, text=True, errors="replace", env=ENV, stdin=subprocess.DEVNULL
+        process = subprocess.Popen(
+            ["bash", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            env=ENV,
         )
-        say({"id": number, "rc": done.returncode, "out": done.stdout, "err": done.stderr})
+        running[number] = process
+        out, err = process.communicate()
+        say({"id": number, "rc": process.returncode, "out": out, "err": err})
 
     say("ready")
     buffer = b""
@@ -32,7 +42,10 @@ def main(path: str) -> None:
         *lines, buffer = buffer.split(b"\n")
         for line in lines:
             asked = json.loads(line)
-            threading.Thread(target=run, args=[asked["id"], asked["command"]], daemon=True).start()
+            if "signal" in asked:
+                running[asked["id"]].send_signal(asked["signal"])
+            else:
+                threading.Thread(target=run, args=[asked["id"], asked["command"]], daemon=True).start()
 
 
 main(sys.argv[1])

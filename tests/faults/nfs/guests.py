@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -122,13 +123,19 @@ def _made(command: list[str]) -> None:
         raise Missing(f"the guests' image could not be made: {command[0]} ended with:\n{done.stderr[-2000:]}")
 
 
+class Call(Future[dict[str, Any]]):
+    """A command that runs in a guest; its result is {rc, out, err}."""
+
+    number = 0
+
+
 class Guest:
     """One virtual machine. `run` executes a shell command in it; `start` does so in the background."""
 
     def __init__(self, name: str, folder: Path, cache: Path, cables: list[tuple[str, str]], disk: bool = False):
         self.name, self.folder = name, folder
         self._cables, self._disk, self._cache = cables, disk, cache
-        self._calls: dict[int, Future[dict[str, Any]]] = {}
+        self._calls: dict[int, Call] = {}
         self._number = 0
         self._write = threading.Lock()
         self.ready = threading.Event()
@@ -213,16 +220,22 @@ class Guest:
             console = (self.folder / f"{self.name}.console").read_text(errors="replace")
             raise RuntimeError(f"{self.name}: did not come up in {seconds} s; its console ends:\n{console[-2000:]}")
 
-    def start(self, command: str) -> Future[dict[str, Any]]:
-        """Run a shell command in the background; its result is {rc, out, err}."""
-        call: Future[dict[str, Any]] = Future()
+    def start(self, command: str) -> Call:
+        """Run a shell command in the background."""
+        call = Call()
         with self._write:
             self._number += 1
-            self._calls[self._number] = call
-            self._agent.sendall(json.dumps({"id": self._number, "command": command}).encode() + b"\n")
+            call.number = self._number
+            self._calls[call.number] = call
+            self._agent.sendall(json.dumps({"id": call.number, "command": command}).encode() + b"\n")
         return call
 
-    def result(self, call: Future[dict[str, Any]], seconds: float = 120) -> str:
+    def signal(self, call: Call, number: int) -> None:
+        """A signal to the shell of a command, or to what that has exec'ed."""
+        with self._write:
+            self._agent.sendall(json.dumps({"id": call.number, "signal": number}).encode() + b"\n")
+
+    def result(self, call: Call, seconds: float = 120) -> str:
         """What a command printed. `RuntimeError` where it failed, `TimeoutError` where it did not end."""
         done = call.result(seconds)
         if done["rc"]:
@@ -255,11 +268,10 @@ def _mac(name: str) -> int:
 
 
 class Lab:
-    """One server and two clients, up and mounted."""
+    """One server and two clients that have mounted its export at /store, by NFS `version` ("3" or "4.2")."""
 
-    def __init__(self, cache: Path, folder: Path):
-        self.folder = folder
-        self.version = ""
+    def __init__(self, cache: Path, folder: Path, version: str):
+        self.version = version
         _pack(folder / "project.tar")
         cables = [(str(folder / f"cable{i}.server"), str(folder / f"cable{i}.client")) for i in (1, 2)]
         self.server = Guest("server", folder, cache, cables, disk=True)
@@ -269,7 +281,7 @@ class Lab:
                 guest.wait()
             self.serve()
             for client in self.clients:
-                self._network(client)
+                self._join(client)
         except BaseException:
             self.close()
             raise
@@ -280,31 +292,20 @@ class Lab:
             self.server.run(f"ip address add 10.0.{i}.1/24 dev eth{i - 1}; ip link set eth{i - 1} up")
         self.server.run(SERVE)
 
-    def _network(self, client: Guest) -> None:
-        i = int(client.name[-1])
+    def _join(self, client: Guest) -> None:
+        i, path = int(client.name[-1]), EXPORT if self.version == "3" else "/"
         client.run(
             f"set -e; hostname {client.name}; ip address add 10.0.{i}.2/24 dev eth0; ip link set eth0 up\n"
             f"ip route add default via 10.0.{i}.1\n"
             "mkdir -p /var/lib/nfs/sm /var/lib/nfs/sm.bak; chown statd /var/lib/nfs/sm /var/lib/nfs/sm.bak\n"
-            "rpcbind -w; rpc.statd"
+            "rpcbind -w; rpc.statd\n"
+            f"mount -t nfs -o vers={self.version},hard,proto=tcp 10.0.{i}.1:{path} {STORE}"
         )
-
-    def mount(self, version: str) -> None:
-        """Mount the export at /store in every client, by NFS `version` ("3" or "4.2")."""
-        self.version = version
-        for client in self.clients:
-            self.mount_one(client)
-
-    def mount_one(self, client: Guest) -> None:
-        path = EXPORT if self.version == "3" else "/"
-        client.run(f"while mountpoint -q {STORE} && grep -q ' {STORE} nfs' /proc/mounts; do umount {STORE}; done")
-        client.run(f"mount -t nfs -o vers={self.version},hard,proto=tcp 10.0.{client.name[-1]}.1:{path} {STORE}")
 
     def again(self, client: Guest) -> None:
         """Boot and mount a client that was killed."""
         client.boot()
-        self._network(client)
-        self.mount_one(client)
+        self._join(client)
 
     def close(self) -> None:
         for guest in (*self.clients, self.server):
@@ -312,12 +313,17 @@ class Lab:
 
 
 @contextlib.contextmanager
-def lab(cache: Path, folder: Path) -> Iterator[Lab]:
-    made = Lab(image(cache), folder)
+def lab(cache: Path, version: str) -> Iterator[Lab]:
+    """A lab for the time of the block; `Missing` where it cannot be."""
+    folder = Path(tempfile.mkdtemp(prefix="nfs-"))
+    made = None
     try:
+        made = Lab(image(cache), folder, version)
         yield made
     finally:
-        made.close()
+        if made:
+            made.close()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pack(path: Path) -> None:

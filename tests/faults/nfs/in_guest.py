@@ -255,10 +255,10 @@ def cycle(path: str, host: str, seconds: float, time_to_live: float, rows: int =
     return {"taken": taken, "denied": denied}
 
 
-def hold(path: str, row: int, at: str, time_to_live: float, salt: int, folder: str, waits: float = 0) -> dict[str, Any]:
-    """Claim a row and commit it when `folder`/go is there; says `folder`/ready where it waits.
+def hold(path: str, row: int, at: str, time_to_live: float, salt: int, folder: str) -> dict[str, Any]:
+    """Claim a row and commit it; waits for `folder`/go, once `folder`/ready says so.
 
-    at: "main" waits between claim and commit; "commit" in the middle of it, the key's bytes written, for `waits` s.
+    at: "main" waits between claim and commit, "commit" within it, when the bytes of the keys are written.
     """
     here = Path(folder)
     here.mkdir(parents=True, exist_ok=True)
@@ -268,19 +268,21 @@ def hold(path: str, row: int, at: str, time_to_live: float, salt: int, folder: s
         store.begin([row])
         real = store.disk.write
 
+        def wait() -> None:
+            (here / "ready").touch()
+            while not (here / "go").exists():
+                time.sleep(0.05)
+
         def watched(name: str, offset: int, data: bytes) -> None:
             nonlocal writes
             if at == "commit" and name == "_keys/one.npy":
-                (here / "ready").touch()
-                time.sleep(waits)
+                wait()
             writes += 1
             real(name, offset, data)
 
         store.disk.write = watched  # type: ignore[method-assign]
         if at == "main":
-            (here / "ready").touch()
-            while not (here / "go").exists():
-                time.sleep(0.05)
+            wait()
         try:
             store.commit_many([row], values([row], False, salt))
             outcome = "committed"
