@@ -34,6 +34,7 @@ LAYERS = [
     ("design", 1),
     ("row_filter", 1),
     ("running", 1),
+    ("ranks", 1),
     ("learning", 1),
     ("zoo", 1),
     ("measurements", 1),
@@ -44,7 +45,7 @@ LAYERS = [
     ("", 0),  # datamodels/__init__.py itself
 ]
 # Layer 1 is two halves that never see each other; in the second, the left never imports the right.
-STORE_HALF = {"store", "design", "row_filter", "running"}
+STORE_HALF = {"store", "design", "row_filter", "running", "ranks"}
 LEARNING_HALF = ["learning", "zoo", "measurements"]
 WITHOUT_TORCH = (
     "spec",
