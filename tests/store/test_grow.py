@@ -42,6 +42,13 @@ GRID = {
 EXTRA = Field("extra", (3,), "int16", required=False)
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    """The power is cut in memory; what is real here need not wait for a disk."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: None)
+
+
 def value(row):
     return {"x": np.arange(70) + 100.0 * row, "tag": f"r{row}"[:4]}
 
