@@ -6,6 +6,9 @@
 #   make bench     the benchmarks; they print, and write nothing
 #   make bench-gpu the GPU solver on a machine with one: is it right, how fast is it
 #   make ffcv      adds FFCV 1.0.2, which can read and write .beton files too
+#   make extras    adds Ray, pyarrow and wandb, each for what is named after it
+#   make test-faults   the whole fault bench: a thousand kills, power cuts, full disks, failing system calls
+#   make test-nfs      the same question on NFS, between two guests of QEMU and a third that serves
 #   make clean     removes .venv and what the tools cached
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter, PIP_FLAGS is handed to pip (say, for another index).
@@ -19,7 +22,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 OPENCV := /usr/include/opencv4
 
-.PHONY: help demo test lint bench bench-gpu ffcv clean
+.PHONY: help demo test test-faults test-nfs lint bench bench-gpu ffcv extras clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -29,6 +32,12 @@ demo: $(READY)
 
 test: $(READY)
 	@$(RUN) -m pytest $(ARGS)
+
+test-faults: $(READY)
+	@$(RUN) -m tests.faults $(ARGS)
+
+test-nfs: $(READY)
+	@$(RUN) -m tests.faults.nfs $(ARGS)
 
 lint: $(READY)
 	@$(RUN) -m ruff check .
@@ -79,6 +88,10 @@ ffcv: $(READY)
 	    $(RUN) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
 	    --config-settings editable_mode=compat -e '.[ffcv]'; \
 	$(RUN) -c 'import ffcv'
+
+extras: $(READY)
+	@$(RUN) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
+	    --config-settings editable_mode=compat -e '.[ray,table,wandb]'
 
 bench-gpu: $(READY)
 	@$(RUN) benchmarks/gpu.py --device cuda $(ARGS)

@@ -14,6 +14,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "datamodels/__init__.py")
 README = HERE / "README.md"
 FFCV = ["ffcv==1.0.2", "pillow"]  # it imports pillow without saying so; its build needs headers: see make ffcv
 LINT = ["ruff", "mypy"]
+RAY = ["ray"]  # --pool.executor=ray
+TABLE = ["pyarrow"]  # store export to parquet
+WANDB = ["wandb"]  # --wandb.project
 TEST = ["pytest", "hypothesis"]
 
 setup(
@@ -40,7 +43,7 @@ setup(
         "torch",
         "tqdm",
     ],
-    extras_require={"ffcv": FFCV, "lint": LINT, "test": TEST},
+    extras_require={"ffcv": FFCV, "lint": LINT, "ray": RAY, "table": TABLE, "test": TEST, "wandb": WANDB},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
