@@ -30,6 +30,7 @@ from datamodels.running import snapshot
 from datamodels.running.ends import Stopped
 from datamodels.running.routine import Routine, available, import_main
 from datamodels.running.show import dry_run, smoke
+from datamodels.running.tracking import Tracker
 from datamodels.running.worker import Worker
 from datamodels.store import Store
 from datamodels.store.keys import opened
@@ -78,7 +79,13 @@ SECTIONS = {
             "run one row on three batches of data (main's argument `smoke`), check what it returns, write nothing",
             default=False,
         ),
-    }
+    },
+    "wandb": {
+        "entity": Option(str, "log each row to Weights & Biases, for this user or team"),
+        "project": Option(str, "and in this project"),
+        "job_type": Option(str, "and as this type of job"),
+        "name": Option(str, "and with this name, before the end of the run's id"),
+    },
 }
 
 
@@ -165,16 +172,20 @@ def _main(argv: Sequence[str], ranks: Ranks | None) -> int:
             else:
                 print(smoke(worker, row, batch=batch))
         return 0
+    wanted = {name: value for name, value in args.section("wandb").items() if value is not None}
+    tracker = Tracker(store, wanted) if wanted else None
     exit_status = 1
     before = {number: signal.getsignal(number) for number in (*_STOPS, _LAST_ROW)}
     try:
         with contextlib.suppress(OSError), open(store.path / "cmds.txt", "a", encoding="utf-8") as commands:
             commands.write(shlex.join([program, *argv]) + "\n")
-        exit_status = _work(store, single, many, args, one, index, rows, ranks)
+        exit_status = _work(store, single, many, args, one, index, rows, ranks, tracker)
     finally:
         for number in before:  # it is ending already
             signal.signal(number, signal.SIG_IGN)
         store.close(exit_status)
+        if tracker is not None:
+            tracker.close(exit_status)
         for number, handler in before.items():
             signal.signal(number, handler)
     return exit_status
@@ -206,6 +217,7 @@ def _work(
     index: int | None,
     rows: np.ndarray | None,
     ranks: Ranks | None,
+    tracker: Tracker | None,
 ) -> int:
     started = time.monotonic()
     with Worker(
@@ -217,6 +229,7 @@ def _work(
         job_timeout=args.get("worker.job_timeout"),
         rows=rows,
         ranks=ranks,
+        **({} if tracker is None else {"committed": tracker.log}),
     ) as worker:
         try:
             for number in _STOPS:

@@ -25,6 +25,12 @@ def ffcv() -> None:
         missing("FFCV is not installed; make ffcv does that")
 
 
+def wandb() -> None:
+    """The real wandb, used offline."""
+    if importlib.util.find_spec("wandb") is None:
+        missing("wandb is not installed; pip install 'datamodels-store[wandb]' does that")
+
+
 @contextlib.contextmanager
 def memory_limit(megabytes: int) -> Iterator[Path]:
     """A control group whose processes get so much memory together; write their ids to the file it gives."""

@@ -52,6 +52,7 @@ class Worker:
         job_timeout: int | None = None,
         rows: np.ndarray | None = None,
         ranks: Ranks | None = None,
+        committed: Callable[[int, Mapping[str, bytes]], None] = lambda row, blobs: None,
     ):
         self.store, self.main, self.main_many = store, main, main_many
         self.batch, self.retries = batch, retries
@@ -61,7 +62,7 @@ class Worker:
         self._attempts: dict[int, int] = {}  # rows claimed now -> number of this attempt
         self._deadline = Deadline(store, job_timeout)
         self._output = Output(store)
-        self._ranks = ranks
+        self._ranks, self._committed = ranks, committed
         self._interruptible = True
         self._stop: int | None = None  # the signal that asked this process to end
         self._last = False  # asked to end after the rows in hand
@@ -362,12 +363,12 @@ class Worker:
                 for row, blobs in encoded.items():
                     self._commit_one(row, blobs, replace=replace)
             else:
-                for row in encoded:
-                    self._done(row, replace=replace)
+                for row, blobs in encoded.items():
+                    self._done(row, blobs, replace=replace)
 
     def _commit_one(self, row: int, blobs: Mapping[str, bytes], *, replace: bool) -> None:
         if not replace and self.store.layout.completed([row])[0]:  # the batch got as far as this row
-            self._done(row, replace=replace)
+            self._done(row, blobs, replace=replace)
             return
         try:
             self.store.commit_encoded({row: blobs}, replace=replace)
@@ -381,13 +382,14 @@ class Worker:
         except StoreError as error:
             self._failed(row, error)
         else:
-            self._done(row, replace=replace)
+            self._done(row, blobs, replace=replace)
 
-    def _done(self, row: int, *, replace: bool) -> None:
+    def _done(self, row: int, blobs: Mapping[str, bytes], *, replace: bool) -> None:
         self.tally.committed += 1
         self._note()
         self._attempts.pop(row, None)
         self.store.run.release(row, done=not replace)
+        self._committed(row, blobs)
 
     def _failed(self, row: int, error: BaseException) -> None:
         with self._uninterrupted():
