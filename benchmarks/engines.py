@@ -80,7 +80,8 @@ def run(command: list[str], environment: dict[str, str], rows: int, *, kill: boo
         process = subprocess.Popen(argv, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if kill:
             until(lambda: sum(job.completed) >= rows / 3 or process.poll() is not None, 600)
-            os.kill(workers_of(job)[0], signal.SIGKILL)
+            if process.poll() is None:
+                os.kill(workers_of(job)[0], signal.SIGKILL)
         said, _ = process.communicate()
         seconds = time.monotonic() - started
         with Store.open(job.path) as store:
@@ -116,7 +117,9 @@ def main() -> None:
         for _ in range(args.repeats):
             for name, (command, environment) in commands.items():
                 for kill in (False, True):
-                    figures.setdefault((name, kill), []).append(run(command, environment, args.rows, kill=kill))
+                    seconds = run(command, environment, args.rows, kill=kill)
+                    figures.setdefault((name, kill), []).append(seconds)
+                    print(f"{name}{', killed' if kill else ''}: {seconds[0]:.1f} s", file=sys.stderr, flush=True)
     print(f"{'':18}{'s':>8}{'':16}{'x ideal':>8}{'rows, s':>10}")
     for (name, kill), runs in figures.items():
         whole, rows = (list(column) for column in zip(*runs, strict=True))

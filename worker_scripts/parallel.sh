@@ -25,7 +25,7 @@ else
 fi
 [[ $(parallel --version 2>/dev/null) == "GNU parallel"* ]] || { echo "error: GNU parallel is not installed" >&2; exit 2; }
 
-export PYTHON="${PYTHON:-python}" FORM=$form
+export PYTHON="${PYTHON:-python}" PYTHONUNBUFFERED=1 FORM=$form
 if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
     GPUS=$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | tr '\n' ' ')
 else

@@ -22,6 +22,7 @@
 
 trap '' USR1 # until the worker listens to it; then: finish the row in hand, and begin no other
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}}"
+export PYTHONUNBUFFERED=1
 
 # exec, so that the worker is the batch shell that the signal is for
 exec "${PYTHON:-python}" -m datamodels.worker "$@"

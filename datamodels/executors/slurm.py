@@ -23,6 +23,7 @@ from datamodels.executors.base import Executor, Exit
 TEMPLATE = """#!/bin/bash
 trap '' USR1  # until the worker listens to it
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}}"
+export PYTHONUNBUFFERED=1
 exec %s -m datamodels.worker "$@"
 """
 _WARNING = 120  # seconds before the time limit at which a worker is told
@@ -225,6 +226,12 @@ class SlurmExecutor(Executor):
         while self._tasks and time.monotonic() < deadline:
             self._look()
             time.sleep(0.2)
+        if self._tasks:
+            jobs = " ".join(self.jobs)
+            print(
+                f"SLURM does not say that they have ended; look with squeue, end them with scancel {jobs}",
+                file=sys.stderr,
+            )
         killed = sum(end.code == -9 for end in self._ended) + len(self._tasks)
         self._tasks.clear()
         self._ended.clear()
