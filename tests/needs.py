@@ -83,3 +83,22 @@ def pyarrow() -> None:
     """pyarrow, which writes parquet tables; the extra `table`."""
     if importlib.util.find_spec("pyarrow") is None:
         missing("pyarrow is not installed; pip install '.[table]' does that")
+
+
+def loop_mounts() -> None:
+    """Root, and a kernel that mounts an image file, for file systems that can be cut off their power or run full."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    absent = [name for name in ("mkfs.ext4", "mkfs.xfs", "filefrag") if shutil.which(name, path=path) is None]
+    if absent:
+        missing(f"no {', '.join(absent)}; Debian's packages are e2fsprogs and xfsprogs")
+    if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        missing("mounting an image file takes root and /dev/loop-control")
+
+
+def strace() -> None:
+    """strace that can change what a system call says, and permission to trace our own children."""
+    if shutil.which("strace") is None:
+        missing("strace is not installed; Debian's package is strace")
+    done = subprocess.run(["strace", "-qq", "-e", "inject=getpid:retval=1", "true"], capture_output=True, check=False)
+    if done.returncode:
+        missing(f"strace may not trace here: {done.stderr.decode(errors='replace').strip()}")

@@ -35,6 +35,7 @@ class Experiment:
     full: int | None = None
     inside: bool = False
     quick: bool = False
+    needs: Callable[[], None] = lambda: None  # of tests/needs.py
 
     def amount(self, *, longer: bool) -> int:
         amount = self.fast if not longer else self.full if os.environ.get(FULL) and self.full else self.slow

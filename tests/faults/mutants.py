@@ -326,23 +326,19 @@ def space_not_reserved(patch: Patch) -> None:
 @mutant
 def spec_before_arrays(patch: Patch) -> None:
     """A store is there by name before it is there."""
-    real = create.arrays
+    texts, text, clear = [], create.spec_text, create._clear
 
-    def arrays(spec):
-        path = _creating[-1] / create.SPEC_FILE
-        path.write_bytes(create.spec_text(spec))
-        yield from real(spec)
-        path.unlink()
+    def spec_text(spec):
+        texts.append(text(spec))
+        return texts[-1]
 
-    _creating: list = []
-    clear = create._clear
-
-    def remember(path):
+    def spec_first(path):
         clear(path)
-        _creating.append(path)
+        (path / create.SPEC_FILE).write_bytes(texts[-1])
 
-    patch(create, "_clear", remember)
-    patch(create, "arrays", lambda spec: arrays(spec) if _creating else real(spec))
+    patch(create, "spec_text", spec_text)
+    patch(create, "_clear", spec_first)
+    patch(create, "_publish", os.replace)
 
 
 @mutant

@@ -4,10 +4,12 @@ import time
 
 import pytest
 
-from tests.faults import crash
+from tests.faults import crash, kills, power
 from tests.faults.bench import Experiment, Lost
 
-EXPERIMENTS: list[Experiment] = [crash.POWER_CUTS, crash.TWO_IN_A_ROW, crash.FAILING_SYNCS]
+EXPERIMENTS = [
+    found for module in (crash, kills, power) for found in vars(module).values() if isinstance(found, Experiment)
+]
 
 
 def cases():
@@ -20,6 +22,7 @@ def cases():
 
 @pytest.mark.parametrize(("experiment", "longer"), [*cases()])
 def test_nothing_is_lost(experiment, longer, tmp_path, record_property):
+    experiment.needs()
     started, tried, lost = time.monotonic(), 0, 0
     try:
         tried = experiment.run(tmp_path, experiment.amount(longer=longer))

@@ -2,27 +2,67 @@
 
 import pytest
 
-from tests.faults import crash, mutants
+from tests.faults import crash, kills, mutants, power
 from tests.faults.bench import Experiment, Lost
 
 # mutant -> who catches it, with how much, and what it says
 CAUGHT: dict[str, list[tuple[Experiment, int, str]]] = {
-    "completed_first": [(crash.POWER_CUTS, 0, "it was never written")],
-    "no_invalidation": [(crash.POWER_CUTS, 0, "bytes that nobody committed")],
+    # the order of a commit, and what is synced
+    "completed_first": [(crash.POWER_CUTS, 0, "it was never written"), (kills.KILLS, 60, "never written|not what")],
+    "no_invalidation": [
+        (crash.POWER_CUTS, 0, "bytes that nobody committed"),
+        (kills.KILLS, 60, "a note of another version|not what was committed"),
+    ],
     "flag_not_taken_back": [(crash.POWER_CUTS, 0, "it was never written")],
-    "records_not_taken_back": [(crash.TWO_IN_A_ROW, 0, "bytes that nobody committed")],
-    "records_of_absent_keys_not_synced": [(crash.TWO_IN_A_ROW, 0, "bytes that nobody committed")],
     "flag_believed_taken_back": [(crash.TWO_IN_A_ROW, 0, "it was never written")],
+    "records_not_taken_back": [
+        (crash.TWO_IN_A_ROW, 0, "bytes that nobody committed"),
+        (kills.KILLS, 60, "a note of another version"),
+    ],
+    "records_of_absent_keys_not_synced": [(crash.TWO_IN_A_ROW, 0, "bytes that nobody committed")],
     "invalidation_not_synced": [(crash.POWER_CUTS, 0, "it was never written")],
-    "keys_not_synced": [(crash.POWER_CUTS, 0, "not what was committed")],
-    "records_not_synced": [(crash.POWER_CUTS, 0, "it was never written")],
-    "completed_not_synced": [(crash.POWER_CUTS, 0, "was 1, is None")],
-    "nothing_synced": [(crash.POWER_CUTS, 0, "not what was committed")],
-    "failed_sync_tried_again": [(crash.FAILING_SYNCS, 0, "not what was committed")],
-    "failed_sync_not_forgotten": [(crash.FAILING_SYNCS, 0, "bytes that nobody committed")],
+    "keys_not_synced": [
+        (crash.POWER_CUTS, 0, "not what was committed"),
+        (power.EXT4, 8, "not what was committed"),
+        (power.XFS, 8, "not what was committed"),
+    ],
+    "records_not_synced": [
+        (crash.POWER_CUTS, 0, "it was never written"),
+        (power.EXT4, 8, "never written|not marked complete|holds version 0"),
+    ],
+    "completed_not_synced": [
+        (crash.POWER_CUTS, 0, "was 1, is None"),
+        (power.EXT4, 8, "not marked complete|holds version 0"),
+    ],
+    "nothing_synced": [
+        (crash.POWER_CUTS, 0, "not what was committed"),
+        (power.EXT4, 8, "holds version 0|never written|not what was committed"),
+        (power.XFS, 8, "holds version 0|never written|not what was committed"),
+    ],
+    "failed_sync_tried_again": [
+        (crash.FAILING_SYNCS, 0, "not what was committed"),
+        (power.REFUSED, 1, "goes on though the disk refuses"),
+    ],
+    "failed_sync_not_forgotten": [
+        (crash.FAILING_SYNCS, 0, "bytes that nobody committed"),
+        (power.REFUSED, 10, "not what was committed"),
+    ],
     "flag_left_after_a_failed_sync": [(crash.FAILING_SYNCS, 0, "row 4 was 1, is None")],
-    "replaced_in_place": [(crash.POWER_CUTS, 0, "row 1 was 1, is None")],
-    "journal_removed_first": [(crash.POWER_CUTS, 0, "row 1 was 1, is None")],
+    # a row that is replaced
+    "replaced_in_place": [
+        (crash.POWER_CUTS, 0, "row 1 was 1, is None"),
+        (kills.KILLS, 60, "holds version 0"),
+    ],
+    "journal_removed_first": [
+        (crash.POWER_CUTS, 0, "row 1 was 1, is None"),
+        (kills.KILLS, 60, "holds version 0"),
+    ],
+    "journal_not_synced": [(power.EXT4, 20, "the file was cut short"), (power.XFS, 20, "the file was cut short")],
+    # how bytes are written, and how a store is made
+    "no_o_dsync": [(power.AS_NETWORK, 8, "holds version 0|never written|not what was committed")],
+    "memory_map": [(power.AS_NETWORK, 8, "holds version 0|never written|not what was committed")],
+    "spec_before_arrays": [(power.EXT4_CALLS, 1, "making a store, .*not JSON"), (power.XFS_CALLS, 1, "not JSON")],
+    "new_files_not_synced": [(power.EXT4_CALLS, 1, "making a store, .*not JSON"), (power.XFS_CALLS, 1, "not JSON")],
 }
 
 
@@ -35,6 +75,7 @@ def pairs():
 
 @pytest.mark.parametrize(("mutant", "experiment", "amount", "says"), [*pairs()])
 def test_the_bench_catches(mutant, experiment, amount, says, tmp_path, record_property, monkeypatch):
+    experiment.needs()
     if experiment.inside:
         mutated = mutants.apply(mutant)
     else:
