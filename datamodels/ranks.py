@@ -26,6 +26,7 @@ from datamodels.running.ends import Stopped
 from datamodels.store import Store
 from datamodels.store.claims import Process
 
+_SECOND_LOOK = 0.5  # seconds until torchrun, too, has seen that a rank is gone
 _GRACE = 3.0  # seconds in which rank 0 is to hear of another rank's failure, before that one ends and all are ended
 
 
@@ -70,16 +71,24 @@ class Ranks:
             if problem := self._problem(number):
                 raise RowError(problem)
         except (Exception, Stopped) as error:
-            # That another rank has failed shows here as a broken connection, or as torchrun ending this one.
-            time.sleep(0.2 if isinstance(error, RuntimeError) else 0)
-            if os.getppid() != self._parent:  # torchrun itself was killed, which says nothing against the row
-                raise Stopped(signal.SIGTERM) from error
-            problem = self._problem(number)
-            if problem is None or isinstance(error, RowError):
+            cause = error if isinstance(error, RowError) else self._cause(number, error)
+            if cause is error:
                 raise
-            raise RowError(problem) from error
+            raise cause from error
         finally:
             self._set(f"over/{number}", True)
+
+    def _cause(self, number: int, error: Exception | Stopped) -> Exception | Stopped:
+        """Why a call ended: another rank that failed shows here as a broken connection, then as torchrun ending us."""
+        if isinstance(error, RuntimeError):
+            try:
+                time.sleep(_SECOND_LOOK)
+            except Stopped as stop:
+                error = stop
+        if os.getppid() != self._parent:  # torchrun itself was killed, which says nothing against the row
+            return Stopped(signal.SIGTERM)
+        problem = self._problem(number)
+        return error if problem is None else RowError(problem)
 
     def _problem(self, number: int) -> str | None:
         for rank in range(1, self.size):

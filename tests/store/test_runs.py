@@ -109,11 +109,10 @@ def test_a_run_that_was_killed_has_died_and_its_rows_stay_its_own(tmp_path):
 
 
 def test_an_exit_by_an_error_of_the_store_is_told(tmp_path):
-    job = Job(tmp_path, plain(2), "import shutil\ndef main():\n    shutil.rmtree('store/_keys')\n    return {'x': 1}")
-    (tmp_path / "store/runs").mkdir(exist_ok=True)
-    code = job.run("--worker.retries=0")[0]
+    job = Job(tmp_path, plain(2), "import os\ndef main():\n    os.unlink('store/_rows.npy')\n    return {'x': 1}")
+    code, _, err = job.run()
     (record,) = (json.loads(path.read_text()) for path in (job.path / "runs").glob("*.json"))
-    assert record["exit"] == code != 0
+    assert record["exit"] == code == 1 and "_rows.npy: this file of the store is missing" in err
 
 
 def test_runs_of_another_machine_and_runs_without_a_record(tmp_path):
