@@ -3,7 +3,7 @@
 #   make demo      the main job on real images, to a table and a picture
 #   make test      the tests              (make test ARGS="--runslow -k store")
 #   make lint      ruff and mypy
-#   make bench     the benchmarks; they print, and write nothing
+#   make bench     the benchmarks; they print, and write nothing (benchmarks/engines.py, a quarter of an hour, apart)
 #   make bench-gpu the GPU solver on a machine with one: is it right, how fast is it
 #   make ffcv      adds FFCV 1.0.2, which can read and write .beton files too
 #   make extras    adds Ray, pyarrow and wandb, each for what is named after it
@@ -45,7 +45,7 @@ lint: $(READY)
 
 bench: $(READY)
 	@for script in benchmarks/[a-z]*.py; do \
-	    case $$script in benchmarks/gpu.py) continue;; esac; \
+	    case $$script in benchmarks/gpu.py|benchmarks/engines.py) continue;; esac; \
 	    echo "== $$script"; $(RUN) "$$script" $(ARGS) || exit 1; done
 
 # FFCV is built from source against OpenCV and TurboJPEG. Of OpenCV it wants all, and uses core and imgproc: a header and
