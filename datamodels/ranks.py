@@ -26,7 +26,7 @@ from datamodels.running.ends import Stopped
 from datamodels.store import Store
 from datamodels.store.claims import Process
 
-_SECOND_LOOK = 0.5  # seconds until torchrun, too, has seen that a rank is gone
+_GOING = 0.2  # seconds from a killed rank's broken connections until its process is seen to be gone
 _GRACE = 3.0  # seconds in which rank 0 is to hear of another rank's failure, before that one ends and all are ended
 
 
@@ -82,7 +82,7 @@ class Ranks:
         """Why a call ended: another rank that failed shows here as a broken connection, then as torchrun ending us."""
         if isinstance(error, RuntimeError):
             try:
-                time.sleep(_SECOND_LOOK)
+                time.sleep(_GOING)
             except Stopped as stop:
                 error = stop
         if os.getppid() != self._parent:  # torchrun itself was killed, which says nothing against the row

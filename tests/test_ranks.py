@@ -189,10 +189,17 @@ def test_a_rank_that_hangs_in_c_leaves_the_other_its_word(tmp_path):
     assert finish(process)[0] == 1
 
 
-@pytest.mark.parametrize(("number", "waits"), [(signal.SIGTERM, 1), (signal.SIGKILL, 0), (signal.SIGKILL, 1)])
-def test_torchrun_is_stopped(tmp_path, number, waits):
-    """That says nothing against the row, whichever rank waits for the other in C."""
-    job = Ranks(tmp_path, plain(2), STAYS % f"total(1) if rank == {waits} else time.sleep(300)")
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (signal.SIGTERM, "time.sleep(300) if rank == 0 else total(1)"),
+        (signal.SIGKILL, "time.sleep(300) if rank else total(1)"),
+        (signal.SIGKILL, "time.sleep(300) if rank == 0 else sum(iter(int, 1))"),
+    ],
+)
+def test_torchrun_is_stopped(tmp_path, number, line):
+    """That says nothing against the row, whichever rank waits in C."""
+    job = Ranks(tmp_path, plain(2), STAYS % line)
     process = job.torchrun("--worker.index=1")
     pids = until(lambda: [note["pid"] for note in job.notes()] if len(job.notes()) == 2 else None)
     time.sleep(0.5)
