@@ -101,11 +101,23 @@ class PosixDisk:
         self.network = network
         self.durable = sync
         self._flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_DSYNC if self.network else 0)
+        self._direct = getattr(os, "O_DIRECT", 0) if self.network else 0
         self._fds: dict[str, int] = {}
 
     def close(self) -> None:
         while self._fds:
-            os.close(self._fds.popitem()[1])
+            fd = self._fds.popitem()[1]
+            self._forget(fd)
+            os.close(fd)
+
+    def _forget(self, fd: int) -> None:
+        """Have the cache of a network file system let go of a file, or plain numpy on this host may find an old one.
+
+        NFS keeps what it has read while any process of the host has the file open to write, whatever others write.
+        """
+        if self.network and hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _fd(self, name: str) -> int:
         fd = self._fds.get(name)
@@ -123,6 +135,7 @@ class PosixDisk:
         fd = self._fd(name)
         with _explained(self.root, name):
             _write_all(fd, data, offset)
+        self._forget(fd)
 
     def sync(self, names: Iterable[str]) -> None:
         """Make every write to `names` so far survive power loss; an error here is an error of the commit."""
@@ -140,23 +153,35 @@ class PosixDisk:
                         raise
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset` through a fresh descriptor, as network file systems ask for a fresh look."""
+        """`size` bytes at `offset`, as they are on the disk now, or on the server of a network file system.
+
+        Its cache is passed by: a fresh descriptor is not a fresh look while the file is open to write on this host.
+        """
         with _explained(self.root, name, "the read failed"):
-            fd = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                parts, left = [], size
-                while left:
-                    part = os.pread(fd, min(left, _READ_AT_ONCE), offset)
-                    if not part:
-                        raise StoreError(
-                            f"{self.root / name}: ends at byte {offset}, expected {left} more; the file was "
-                            f"cut short; restore it, or initialise a new store"
-                        )
-                    parts.append(part)
-                    left, offset = left - len(part), offset + len(part)
-                return parts[0] if len(parts) == 1 else b"".join(parts)
-            finally:
-                os.close(fd)
+                return self._read(name, offset, size, self._direct)
+            except OSError as error:
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                self._direct = 0  # a file system that cannot, or only by whole pages
+            return self._read(name, offset, size, 0)
+
+    def _read(self, name: str, offset: int, size: int, flags: int) -> bytes:
+        fd = os.open(f"{self._root}/{name}", os.O_RDONLY | os.O_CLOEXEC | flags)
+        try:
+            parts, left = [], size
+            while left:
+                part = os.pread(fd, min(left, _READ_AT_ONCE), offset)
+                if not part:
+                    raise StoreError(
+                        f"{self.root / name}: ends at byte {offset}, expected {left} more; the file was "
+                        f"cut short; restore it, or initialise a new store"
+                    )
+                parts.append(part)
+                left, offset = left - len(part), offset + len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+        finally:
+            os.close(fd)
 
     def create(self, name: str, head: bytes, size: int, *, reserve: bool) -> None:
         """A new file of `size` bytes that begins with `head` and continues with zeros. It must not exist."""
