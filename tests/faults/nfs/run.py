@@ -53,8 +53,11 @@ class Bench:
         return lambda: json.loads(guest.result(call, 1200))
 
     def both(self, verb: str, **arguments: Any) -> list[Any]:
-        """A verb on both clients at once; `me` is 0 and 1."""
-        waits = [self.later(client, verb, me=i, **arguments) for i, client in enumerate(self.lab.clients)]
+        """A verb on both clients at once; `me` is 0 and 1, and `host` the server as each sees it."""
+        waits = []
+        for i, client in enumerate(self.lab.clients):
+            mine = {k: v % (i + 1) if k == "host" else v for k, v in arguments.items()}
+            waits.append(self.later(client, verb, me=i, **mine))
         return [wait() for wait in waits]
 
     def store(self, rows: int, wide: bool = False) -> str:
@@ -104,6 +107,18 @@ def writers(bench: Bench) -> None:
         done = [row for o in out for row in o["done"]]
         lost, _ = bench.check(name, done)
         bench.say(f"mutant {mutant}", f"{lost} of {len(done)} rows lost ({100 * lost / len(done):.0f} %)", lost > 0)
+
+
+def looks(bench: Bench) -> None:
+    """What one client has committed, the other sees, though it has the same files open to write."""
+    name = bench.store(rows := bench.rows(100))
+    out = bench.both("look", path=f"{STORE}/{name}", rows=rows, host="10.0.%d.1")
+    unseen, after = (sum(o[what] for o in out) for what in ("unseen", "after"))
+    bench.say(
+        "what the other did is seen",
+        f"{4 * rows} looks, {unseen} found rows missing; plain numpy misses {after} of {2 * rows} afterwards",
+        not (unseen or after),
+    )
 
 
 def races(bench: Bench) -> None:
@@ -297,7 +312,7 @@ def reboot(bench: Bench) -> None:
     )
 
 
-EXPERIMENTS = {f.__name__: f for f in (writers, races, cycles, takeovers, workers, reboot)}
+EXPERIMENTS = {f.__name__: f for f in (writers, looks, races, cycles, takeovers, workers, reboot)}
 
 
 def start_arbiter(bench: Bench) -> None:
