@@ -86,6 +86,7 @@ def test_a_row_whose_process_was_killed_keeps_what_it_printed(tmp_path, line):
         assert "died without leaving a word" in job.traceback(row)
 
 
+@pytest.mark.slow
 def test_a_row_that_is_stuck_in_c_keeps_what_it_printed(tmp_path):
     source = TALKS.replace("talk(index)\n    if", "talk(index); sys.stdout.flush()\n    if")
     job = Job(tmp_path, plain(2), source.format(line="sum(iter(int, 1))"))

@@ -65,6 +65,7 @@ def test_code_is_edited_while_workers_run(tmp_path):
     assert not list((job.path / "snapshots").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_row_is_run_again_on_the_code_that_made_it(tmp_path):
     job = Pool(tmp_path, plain(2), USES)
     repository(tmp_path)
@@ -163,6 +164,7 @@ def test_a_module_that_cannot_be_copied(tmp_path, module, message):
     assert (code, out) == (2, "") and message in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_not_there_and_one_that_was_edited(tmp_path):
     job = Pool(tmp_path, plain(1), USES)
     repository(tmp_path)

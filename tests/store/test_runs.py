@@ -73,6 +73,7 @@ def test_a_worker_says_what_it_is_and_each_row_says_which_one_made_it(tmp_path):
     assert time.time() - 60 < record["started"] < record["finished"] < time.time()
 
 
+@pytest.mark.slow
 def test_torch_has_its_version_once_main_has_loaded_it(tmp_path):
     torch = pytest.importorskip("torch")
     job = Job(tmp_path, plain(1), "def main():\n    import torch\n    return {'x': 1}")
