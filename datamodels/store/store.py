@@ -510,12 +510,19 @@ class Store:
 
     @contextlib.contextmanager
     def _borrowing(self, rows: Sequence[int]) -> Iterator[None]:
-        """Rows claimed for the duration, where this process has not claimed them. `ClaimLost` where another has."""
+        """Rows claimed for the duration, where this process has not claimed them. `ClaimLost` where another has.
+
+        Whoever opens the store holds a row whose replacement it finds, for the moment that it takes to finish it.
+        """
         borrowed = [row for row in rows if row not in self.run.claims]
         try:
             for row in borrowed:
-                if not self.run.take(row):
-                    raise ClaimLost(f"row {row}: another worker is running it; wait for it, or stop it")
+                looks = 1
+                while not self.run.take(row):
+                    if looks == _LOOKS:
+                        raise ClaimLost(f"row {row}: another worker is running it; wait for it, or stop it")
+                    time.sleep(_LOOK_SECONDS)
+                    looks += 1
             yield
         finally:
             for row in borrowed:

@@ -276,6 +276,17 @@ def test_a_row_that_another_holds_is_refused(store):
         commit(store, [1, 2])
 
 
+def test_a_row_that_is_held_for_a_moment_is_waited_for(store):
+    """As whoever opens the store holds one whose replacement it finds."""
+    with Store.open(store.path, sync=False) as other:
+        assert other.run.take(2)
+        timer = threading.Timer(0.03, lambda: other.run.release(2, done=False))
+        timer.start()
+        commit(store, [2])
+        timer.join()
+    check(store, 2)
+
+
 # ------------------------------------------------------------------------------------ damage is found
 
 
