@@ -27,7 +27,7 @@ from tests.faults.rows import SPEC, WIDTH, Writers, values
 LONGEST = 0.3  # seconds until the power goes
 
 
-def cuts(folder: Path, count: int, *, kind: str, network: bool | None = None) -> int:
+def cuts(folder: Path, count: int, *, kind: str, network: bool = False) -> int:
     """Three writers, cut off with and without the journal's last buffers; then mounted again, and compared."""
     rng = random.Random(kind)
     with tmpfs(folder / "memory", 500_000) as memory, Image(memory / kind, kind) as image:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
+import select
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,22 +38,11 @@ def values(row: int, version: int) -> dict[str, Any]:
     return held | ({"note": -version} if version % 2 else {})
 
 
-class Writers:
-    """Processes that write one store, what they said, and what a reader has to find.
+class Server:
+    """`tests.faults.writer`: it has imported everything, and forks what is asked for."""
 
-    What is found after a writer's end is what was done last, or what was started after that; nothing (version 0) where
-    nothing was done.
-    """
-
-    def __init__(self, path: Path, *, sync: bool = True, network: bool | None = None, first: int = 0):
-        self.path, self.options = path, {"sync": sync, "network": network, "first": first}
-        self.allowed = {row: {0} for row in range(ROWS)}
-        self.done = self.unheard = 0
-        self.alive: list[int] = []
-        self.errors: list[str] = []
-        self.ended: set[int] = set()  # by an error
+    def __init__(self) -> None:
         self.buffer = b""
-        self.rng = random.Random(0)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.writer"],
             stdin=subprocess.PIPE,
@@ -61,38 +50,71 @@ class Writers:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
-        self.seed = 0
+        assert self.process.stdin and self.process.stdout
+        self.asking, self.said = self.process.stdin, self.process.stdout.fileno()
 
-    def __enter__(self) -> Writers:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for pid in self.alive:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.process.communicate()
 
-    def start(self) -> int:
-        """A writer more; its process id, once it is about to begin."""
-        self.seed += 1
-        asked = json.dumps({"path": str(self.path), "seed": self.seed, **self.options})
-        self.process.stdin.write(asked.encode() + b"\n")
-        self.process.stdin.flush()
-        while (words := self._line())[0] != "ready":
-            self._hear(words)
-            check(words[0] != "error" or int(words[1]) in self.alive, f"a writer could not begin: {self.errors}")
-        self.alive.append(int(words[1]))
-        return self.alive[-1]
+    def ask(self, **what: object) -> None:
+        self.asking.write(json.dumps(what).encode() + b"\n")
+        self.asking.flush()
 
-    def _line(self) -> list[str]:
+    def line(self, seconds: float = 60.0) -> list[str]:
+        end = time.monotonic() + seconds
         while b"\n" not in self.buffer:
-            data = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not select.select([self.said], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError("the writers say nothing")
+            data = os.read(self.said, 1 << 16)
             if not data:
                 raise RuntimeError("the process of the writers ended")
             self.buffer += data
         line, _, self.buffer = self.buffer.partition(b"\n")
         return line.decode().split()
+
+    def until(self, word: str) -> list[str]:
+        """The rest of the next line that begins so; what is said before it is passed over."""
+        while (words := self.line())[0] != word:
+            pass
+        return words[1:]
+
+
+class Writers(Server):
+    """Processes that write one store, what they said, and what a reader has to find.
+
+    What is found after a writer's end is what was done last, or what was started after that; nothing (version 0) where
+    nothing was done.
+    """
+
+    def __init__(self, path: Path, *, sync: bool = True, network: bool = False, first: int = 0):
+        super().__init__()
+        self.path, self.options = path, {"sync": sync, "network": network, "first": first}
+        self.allowed = {row: {0} for row in range(ROWS)}
+        self.done = self.unheard = 0
+        self.alive: list[int] = []
+        self.errors: list[str] = []
+        self.ended: set[int] = set()  # by an error
+        self.seed = 0
+
+    def __exit__(self, *error: object) -> None:
+        for pid in self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        super().__exit__(*error)
+
+    def start(self) -> int:
+        """A writer more; its process id, once it is about to begin."""
+        self.seed += 1
+        self.ask(kind="write", path=str(self.path), seed=self.seed, **self.options)
+        while (words := self.line())[0] != "ready":
+            self._hear(words)
+            check(words[0] != "error" or int(words[1]) in self.alive, f"a writer could not begin: {self.errors}")
+        self.alive.append(int(words[1]))
+        return self.alive[-1]
 
     def _hear(self, words: list[str]) -> None:
         if words[0] == "error":
@@ -126,14 +148,10 @@ class Writers:
 
     def settle(self) -> None:
         """Hear all that was said so far."""
-        os.set_blocking(self.process.stdout.fileno(), False)
-        try:
-            while data := os.read(self.process.stdout.fileno(), 1 << 16):
-                self.buffer += data
-        except BlockingIOError:
-            os.set_blocking(self.process.stdout.fileno(), True)
+        while select.select([self.said], [], [], 0)[0] and (data := os.read(self.said, 1 << 16)):
+            self.buffer += data
         while b"\n" in self.buffer:
-            self._hear(self._line())
+            self._hear(self.line())
 
     def _before_the_flag(self, problem: Problem) -> bool:
         """Whether this is a row whose commit came as far as its flag, which looks like a flag that was lost."""

@@ -4,11 +4,14 @@ import time
 
 import pytest
 
-from tests.faults import crash, kills, power
+from tests.faults import crash, kills, power, syscalls
 from tests.faults.bench import Experiment, Lost
 
 EXPERIMENTS = [
-    found for module in (crash, kills, power) for found in vars(module).values() if isinstance(found, Experiment)
+    found
+    for module in (crash, kills, power, syscalls)
+    for found in vars(module).values()
+    if isinstance(found, Experiment)
 ]
 
 

@@ -1,7 +1,8 @@
-"""A process whose children fill, replace and reset rows of a store until they are killed; run with -m.
+"""A process that forks what it is asked for by lines of JSON on standard input, with a mutant where one is named.
 
-A line of JSON on standard input forks one. Each says "start ROW VERSION" before it touches a row and "done ROW VERSION"
-when that was reported done, while it still holds the row; version 0 is no row at all.
+Writers fill, replace and reset rows of a store until they are killed; each says "start ROW VERSION" before it touches a
+row and "done ROW VERSION" when that was reported done, while it still holds the row; version 0 is no row at all. One
+commit, and one run of the worker, wait at a gate first, so that they can be traced from their first call on.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
-from datamodels.store import Store
+from datamodels import cli, worker
+from datamodels.store import Store, disk
 from datamodels.store.reset import _clear
 from tests.faults import mutants
 from tests.faults.rows import ROWS, values
@@ -23,12 +28,9 @@ def say(*words: object) -> None:
     os.write(1, (" ".join(map(str, words)) + "\n").encode())  # one write, so that lines of several never mix
 
 
-def write(path: str, seed: int, *, sync: bool, network: bool | None, first: int) -> None:
+def write(path: str, seed: int, *, sync: bool, first: int) -> None:
     rng = random.Random(seed)
     store = Store.open(path, sync=sync)
-    if network is not None:
-        store.disk.close()
-        store.disk.__init__(store.path, sync=sync, network=network)
     store.run  # noqa: B018  it is made when asked for
     say("ready", os.getpid())
     for count in range(1, 10**6):
@@ -40,8 +42,7 @@ def write(path: str, seed: int, *, sync: bool, network: bool | None, first: int)
         for row in rows:
             say("start", row, version)
         if rows and version:
-            batch = [values(row, version) for row in rows]
-            store.commit_many(rows, {key: [row[key] for row in batch] for key in batch[0]}, replace=True)
+            commit(store, rows, version)
         elif rows:
             with store.run.committing(rows) as guard:
                 _clear(store, rows, (), guard)
@@ -50,18 +51,73 @@ def write(path: str, seed: int, *, sync: bool, network: bool | None, first: int)
             store.run.release(row, done=False)
 
 
-def main() -> None:
+def commit(store: Store, rows: Sequence[int], version: int) -> None:
+    batch = [values(row, version) for row in rows]
+    store.commit_many(rows, {key: [row[key] for row in batch] for key in batch[0]}, replace=True)
+
+
+def wait_at_the_gate() -> None:
+    """Say that all is ready, and wait for a signal: no file has to be opened for it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    say("ready", os.getpid())
+    signal.sigwait([signal.SIGUSR1])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+
+
+def once(path: str, rows: list[int], version: int, *, time_to_live: float) -> None:
+    store = Store.open(path, time_to_live=time_to_live)
+    for row in rows:
+        assert store.run.take(row)
+    wait_at_the_gate()
+    commit(store, rows, version)
+    say("done", os.getpid())
+    store.close()
+
+
+def work(argv: list[str], *, out: str) -> None:
+    """A run of the worker, whose main is in this file; what it prints goes to the file `out`."""
+    fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    wait_at_the_gate()
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    cli.run(lambda: worker.main(argv))
+
+
+def main(index: int) -> dict[str, object]:
+    return values(index, 1)
+
+
+def child(kind: str, asked: dict) -> int:
+    if asked.pop("network", False):
+        disk.filesystem = lambda path: "nfs"
+    if asked.pop("short", False):
+        whole = os.pwrite
+        os.pwrite = lambda fd, data, offset: whole(fd, data[: max(1, len(data) // 2)], offset)
+    try:
+        {"write": write, "once": once, "work": work}[kind](**asked)
+    except SystemExit as error:
+        sys.stdout.flush()
+        return int(error.code or 0)
+    except BaseException as error:
+        say("error", os.getpid(), type(error).__name__, error)
+        return 1
+    return 0
+
+
+def serve() -> None:
     np.zeros(1).sum()  # what is slow the first time is done before the forks
     with mutants.apply(os.environ.get(mutants.VARIABLE)):
         for line in sys.stdin:
-            if os.fork() == 0:
-                try:
-                    write(**json.loads(line))
-                except BaseException as error:
-                    say("error", os.getpid(), type(error).__name__, error)
-                finally:
-                    os._exit(1)
+            asked = json.loads(line)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(child(asked.pop("kind"), asked))
+            if asked["kind"] != "write":
+                say("exit", pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            with suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
 
 
 if __name__ == "__main__":
-    main()
+    serve()
