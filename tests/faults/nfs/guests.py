@@ -87,7 +87,8 @@ def needs() -> None:
 
 
 def image(cache: Path) -> Path:
-    """The folder with the guests' kernel, initrd and root, made on first use (a minute, some 300 MB, network)."""
+    """The folder in `cache` with the guests' kernel, initrd and root, made on first use: minutes, 200 MB, network."""
+    cache = cache.resolve() / "guests"
     recipe = "\n".join([SUITE, PACKAGES, INIT])
     made = cache / "recipe"
     if made.exists() and made.read_text() == recipe:

@@ -321,9 +321,7 @@ def start_arbiter(bench: Bench) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cache", type=Path, default=ROOT / ".venv" / "nfs-guests", help="where the guests' image is kept"
-    )
+    parser.add_argument("--cache", type=Path, default=ROOT / ".venv" / "nfs", help="where the guests' image is kept")
     parser.add_argument("--versions", nargs="+", default=["3", "4.2"], choices=["3", "4.0", "4.1", "4.2"])
     parser.add_argument("--only", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
     parser.add_argument("--scale", type=float, default=1.0, help="how many rows, relative to the usual")
@@ -333,13 +331,13 @@ def main() -> int:
     found: list[Finding] = []
     try:
         needs()
-        image(args.cache.resolve())
+        image(args.cache)
         print(
             f"three guests, {accelerator()[1]}; leases of the server {LEASE} s, of the claims {TIME_TO_LIVE:g} s",
             flush=True,
         )
         for version in args.versions:
-            with lab(args.cache.resolve(), version) as made:
+            with lab(args.cache, version) as made:
                 bench = Bench(made, args.scale, found)
                 start_arbiter(bench)
                 for name in args.only:
