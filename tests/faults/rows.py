@@ -130,7 +130,8 @@ class Writers(Server):
             self.done += 1
 
     def kill(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself, and was waited for
+            os.kill(pid, signal.SIGKILL)
         while alive(pid):
             time.sleep(0.001)
         self.alive.remove(pid)

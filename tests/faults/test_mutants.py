@@ -1,9 +1,11 @@
 """The bench is held against mistakes put into the store: each has to be caught, and for the reason that it is one."""
 
+import os
+
 import pytest
 
 from tests.faults import crash, kills, mutants, power, syscalls
-from tests.faults.bench import Experiment, Lost
+from tests.faults.bench import FULL, Experiment, Lost
 
 # mutant -> who catches it, with how much, and what it says
 CAUGHT: dict[str, list[tuple[Experiment, int, str]]] = {
@@ -51,11 +53,11 @@ CAUGHT: dict[str, list[tuple[Experiment, int, str]]] = {
     # a row that is replaced
     "replaced_in_place": [
         (crash.POWER_CUTS, 0, "row 1 was 1, is None"),
-        (kills.KILLS, 60, "holds version 0|not marked complete"),
+        (kills.KILLS, 60, "holds version 0"),
     ],
     "journal_removed_first": [
         (crash.POWER_CUTS, 0, "row 1 was 1, is None"),
-        (kills.KILLS, 60, "holds version 0|not marked complete"),
+        (kills.KILLS, 60, "holds version 0"),
     ],
     "journal_not_synced": [(power.EXT4, 20, "the file was cut short"), (power.XFS, 20, "the file was cut short")],
     # how bytes are written, and how a store is made
@@ -75,9 +77,18 @@ CAUGHT: dict[str, list[tuple[Experiment, int, str]]] = {
 }
 
 
+# A cut at a random moment may miss what others always find; then it is asked only in the full bench, and more often.
+RANDOM = (kills.KILLS, power.EXT4, power.XFS, power.AS_NETWORK, power.REFUSED)
+
+
 def pairs():
     for mutant, catchers in CAUGHT.items():
+        certain = any(experiment not in RANDOM for experiment, _, _ in catchers)
         for experiment, amount, says in catchers:
+            if experiment in RANDOM and certain:
+                if not os.environ.get(FULL):
+                    continue
+                amount *= 10
             marks = [] if experiment.quick else [pytest.mark.slow]
             yield pytest.param(mutant, experiment, amount, says, id=f"{mutant}, {experiment.fault}", marks=marks)
 
@@ -92,7 +103,8 @@ def test_the_bench_catches(mutant, experiment, amount, says, tmp_path, record_pr
         monkeypatch.setenv(mutants.VARIABLE, mutant)
     caught = False
     try:
-        with mutated, pytest.raises(Lost, match=says):
+        # A row may be cut off anywhere, so what is random may also stumble over the row's flag first.
+        with mutated, pytest.raises(Lost, match=says if experiment.inside else f"{says}|not marked complete"):
             experiment.run(tmp_path, amount)
         caught = True
     finally:
