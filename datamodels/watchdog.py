@@ -15,6 +15,8 @@ import signal
 import sys
 import time
 
+_STACK_SECONDS = 3.0  # a busy machine may take longer than the blink that it needs
+
 
 def main() -> int:
     pid, logdir, stacks = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -57,7 +59,10 @@ def end(pid: int, logdir: str, stacks: str, rows: list[str]) -> None:
     if os.getppid() != pid:
         return
     os.kill(pid, signal.SIGUSR2)
-    time.sleep(0.3)
+    size, latest = -1, time.monotonic() + _STACK_SECONDS
+    while time.monotonic() < latest and not 0 < size == os.path.getsize(stacks):  # until it has come, and whole
+        size = os.path.getsize(stacks)
+        time.sleep(0.1)
     os.kill(pid, signal.SIGSTOP)
     try:
         with open(stacks, encoding="utf-8", errors="replace") as file:
