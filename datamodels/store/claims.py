@@ -389,7 +389,7 @@ class Run:
             # Within the lease nobody can have taken a row, so looking at all of them can be rarer.
             nonlocal looked
             self._within_lease(rows)
-            if _now() - looked > _LOOK_AGAIN:
+            if _now() - looked > min(_LOOK_AGAIN, self.time_to_live / 4):
                 self.held(rows)
                 looked = _now()
 

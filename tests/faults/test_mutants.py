@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.faults import crash, kills, mutants, power, syscalls
+from tests.faults import crash, kills, mutants, power, stopped, syscalls
 from tests.faults.bench import FULL, Experiment, Lost
 
 # mutant -> who catches it, with how much, and what it says
@@ -60,7 +60,7 @@ CAUGHT: dict[str, list[tuple[Experiment, int, str]]] = {
         (kills.KILLS, 60, "holds version 0"),
     ],
     "journal_not_synced": [(power.EXT4, 20, "the file was cut short"), (power.XFS, 20, "the file was cut short")],
-    # how bytes are written, and how a store is made
+    # how bytes are written
     "write_error_passed_over": [(syscalls.FAILING, 1000, "not what was committed")],
     "short_write_taken_for_whole": [(syscalls.SHORT, 1, "its record is damaged|not what was committed")],
     # What these two lose is lost on NFS (make test-nfs): a neighbour's row.
@@ -72,6 +72,19 @@ CAUGHT: dict[str, list[tuple[Experiment, int, str]]] = {
         (syscalls.NETWORK, 1, "mapped to be written"),
         (power.AS_NETWORK, 8, "holds version 0|never written|not what was committed"),
     ],
+    # who may write which row
+    "claim_without_generation": [(stopped.TAKING, 1, "both have the row")],
+    "claim_not_read_again": [(stopped.TAKING, 1, "both have the row")],
+    "living_are_judged_by_their_heartbeat": [(stopped.NEAR, 5, "of a process that lives was taken")],
+    "takeover_without_lock": [(stopped.CONTAINED, 3, "taken over: True, said done: True")],
+    "commit_without_lock": [(stopped.CONTAINED, 3, "taken over: True, said done: True")],
+    "claims_not_checked_in_a_commit": [
+        (stopped.CONTAINED, 3, "taken over: True, said done: True"),
+        (stopped.FAR, 9, "overtaken, it wrote"),
+    ],
+    "lease_checked_once": [(stopped.FAR, 9, "overtaken, it wrote")],
+    "lease_not_checked": [(stopped.SILENT, 1, "the lease is half over")],
+    # how a store is made
     "spec_before_arrays": [(power.EXT4_CALLS, 1, "making a store, .*not JSON"), (power.XFS_CALLS, 1, "not JSON")],
     "new_files_not_synced": [(power.EXT4_CALLS, 1, "making a store, .*not JSON"), (power.XFS_CALLS, 1, "not JSON")],
 }
@@ -96,11 +109,8 @@ def pairs():
 @pytest.mark.parametrize(("mutant", "experiment", "amount", "says"), [*pairs()])
 def test_the_bench_catches(mutant, experiment, amount, says, tmp_path, record_property, monkeypatch):
     experiment.needs()
-    if experiment.inside:
-        mutated = mutants.apply(mutant)
-    else:
-        mutated = mutants.apply(None)
-        monkeypatch.setenv(mutants.VARIABLE, mutant)
+    monkeypatch.setenv(mutants.VARIABLE, mutant)
+    mutated = mutants.apply(mutant if experiment.inside else None)
     caught = False
     try:
         # A row may be cut off anywhere, so what is random may also stumble over the row's flag first.

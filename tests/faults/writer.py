@@ -58,7 +58,6 @@ def commit(store: Store, rows: Sequence[int], version: int) -> None:
 
 def wait_at_the_gate() -> None:
     """Say that all is ready, and wait for a signal: no file has to be opened for it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     say("ready", os.getpid())
     signal.sigwait([signal.SIGUSR1])
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
@@ -71,6 +70,21 @@ def once(path: str, rows: list[int], version: int, *, time_to_live: float) -> No
     wait_at_the_gate()
     commit(store, rows, version)
     say("done", os.getpid())
+    store.close()
+
+
+def hold(path: str, row: int) -> None:
+    """Take a row, and die with it."""
+    assert Store.open(path).run.take(row)
+    os._exit(0)
+
+
+def take(path: str, row: int) -> None:
+    """Take a row, from the gate on."""
+    store = Store.open(path)
+    store.run  # noqa: B018  it is made when asked for
+    wait_at_the_gate()
+    say("took" if store.run.take(row) else "left", row)
     store.close()
 
 
@@ -90,11 +104,12 @@ def main(index: int) -> dict[str, object]:
 def child(kind: str, asked: dict) -> int:
     if asked.pop("network", False):
         disk.filesystem = lambda path: "nfs"
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # of threads, too: it is for the gate
     if asked.pop("short", False):
         whole = os.pwrite
         os.pwrite = lambda fd, data, offset: whole(fd, data[: max(1, len(data) // 2)], offset)
     try:
-        {"write": write, "once": once, "work": work}[kind](**asked)
+        {"write": write, "once": once, "hold": hold, "take": take, "work": work}[kind](**asked)
     except SystemExit as error:
         sys.stdout.flush()
         return int(error.code or 0)
@@ -105,7 +120,7 @@ def child(kind: str, asked: dict) -> int:
 
 
 def serve() -> None:
-    np.zeros(1).sum()  # what is slow the first time is done before the forks
+    np.random.default_rng(0)  # what is slow the first time is done before the forks
     with mutants.apply(os.environ.get(mutants.VARIABLE)):
         for line in sys.stdin:
             asked = json.loads(line)
