@@ -156,7 +156,7 @@ FIRST: dict[str, tuple[int, Callable[[Layout], None]]] = {
 
 
 def two_in_a_row(folder: Path, draws: int) -> int:
-    """What was cut off, or whose process was killed, is done again, and is cut off as well."""
+    """What was cut off, or whose process was killed, is done again, and is cut off as well; without draws only killed."""
     _known.clear()
     states = 0
     for what, (before, action) in FIRST.items():
@@ -173,7 +173,7 @@ def two_in_a_row(folder: Path, draws: int) -> int:
                 break
             starts: dict[str, Callable[..., MemoryDisk]] = {"killed": disk.goes_on}
             distinct = {frozenset(files.items()): name for name, files in disk.survivors(draws=draws, seed=first)}
-            for files, name in distinct.items():
+            for files, name in distinct.items() if draws else ():
                 starts[name] = lambda *, stop_at, files=files: MemoryDisk(dict(files), stop_at=stop_at)
             # A reset may have come any way; what was replaced is there still.
             kept = {0: 1} if what == "a replacement" else {}

@@ -49,4 +49,4 @@ def _kill(path: Path, kills: int, count: int, *, sync: bool) -> int:
     return unheard
 
 
-KILLS = Experiment("kill -9 at random moments", killed, fast=24, slow=120, full=1200)
+KILLS = Experiment("kill -9 at random moments", killed, fast=16, slow=80, full=1200)

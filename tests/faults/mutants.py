@@ -268,10 +268,13 @@ def journal_without_checksum(patch: Patch) -> None:
     def read_journal(layout, row):
         name, start = f"{JOURNAL}/{row}", len(commits._MAGIC) + 4
         length = int.from_bytes(layout.disk.read(name, len(commits._MAGIC), 4), "little")
-        head, blobs = json.loads(layout.disk.read(name, start, length)), {}
-        for key, size in head["keys"]:
-            blobs[key] = layout.disk.read(name, start + length + sum(map(len, blobs.values())), size)
-        return head["run"], commits.RowInfo(head["attempts"], head["started"], head["seed"]), blobs
+        try:
+            head, blobs = json.loads(layout.disk.read(name, start, length)), {}
+            for key, size in head["keys"]:
+                blobs[key] = layout.disk.read(name, start + length + sum(map(len, blobs.values())), size)
+            return head["run"], commits.RowInfo(head["attempts"], head["started"], head["seed"]), blobs
+        except (ValueError, KeyError) as error:
+            raise StoreError(f"{name}: {error}") from error
 
     patch(commits, "read_journal", read_journal)
 
@@ -451,37 +454,37 @@ def claims_not_checked_in_a_commit(patch: Patch) -> None:
 # ------------------------------------------------------------------------------------------- what is checked
 
 
-@mutant
-def bytes_not_checked(patch: Patch) -> None:
-    """The checksum of a record is, that of the bytes is not."""
+def _passes(patch: Patch, passed_over: str) -> None:
+    """Let a problem of a row's key pass, wherever problems are looked for."""
     real = commits.problem
 
     def problem(record, key, row, blob):
         found = real(record, key, row, blob)
-        return None if found and "checksum" in found else found
+        return None if found and passed_over in found else found
 
-    patch(commits, "problem", problem)
-    patch(commits, "first_problem", _first_problem(problem))
-    patch(check, "commits", commits)
-
-
-@mutant
-def key_records_not_checked(patch: Patch) -> None:
-    """A record's status and checksum are believed."""
-    patch(commits, "key_record_intact", lambda record, key, row: True)
-    patch(commits, "first_problem", _first_problem(commits.problem))
-
-
-@mutant
-def row_records_not_checked(patch: Patch) -> None:
-    patch(check, "_row_records", lambda store, flags: iter(()))
-
-
-def _first_problem(problem):
     def first_problem(records, key, rows, blobs):
         for row, record, blob in zip(rows, records, blobs, strict=True):
             if found := problem(record, key, row, blob):
                 return row, found
         return None
 
-    return first_problem
+    patch(commits, "problem", problem)
+    patch(commits, "first_problem", first_problem)
+
+
+@mutant
+def bytes_not_checked(patch: Patch) -> None:
+    """The checksum of a record is, that of the bytes is not."""
+    _passes(patch, "checksum")
+
+
+@mutant
+def key_records_not_checked(patch: Patch) -> None:
+    """The checksum of the bytes is, that of the record is not."""
+    _passes(patch, "its record is damaged")
+    patch(commits, "key_record_intact", lambda record, key, row: True)
+
+
+@mutant
+def row_records_not_checked(patch: Patch) -> None:
+    patch(check, "_row_records", lambda store, flags: iter(()))

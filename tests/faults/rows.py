@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -75,6 +76,15 @@ class Server:
             self.buffer += data
         line, _, self.buffer = self.buffer.partition(b"\n")
         return line.decode().split()
+
+    def work(self, path: Path, *more: str, main: str = "tests.faults.writer") -> tuple[int, str]:
+        """(exit code, output) of a run of the worker on a store; a signal's number, negative, where one ended it."""
+        argv = [f"--worker.logdir={path}", f"--worker.main_import={main}", *more]
+        with tempfile.NamedTemporaryFile() as out:
+            self.ask(kind="work", argv=argv, out=out.name)
+            os.kill(int(self.until("ready")[0]), signal.SIGUSR1)
+            code = int(self.until("exit")[1])
+            return code, out.read().decode(errors="replace")
 
     def until(self, word: str) -> list[str]:
         """The rest of the next line that begins so; what is said before it is passed over."""

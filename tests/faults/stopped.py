@@ -159,7 +159,7 @@ def taking(folder: Path, step: int) -> int:
             return Traced(server, folder, ["-e", "trace=all", *options], kind="take", path=str(path), row=ROW)
 
         places = _places(start([]), end="write(1<")
-        for tried, (name, call) in enumerate(places[::step], start=1):
+        for name, call in places[::step]:
             traced = start(["-e", f"inject={name}:signal=SIGSTOP:when={call}"])
             traced.go()
             if _wait_for_stop(traced):
@@ -173,7 +173,7 @@ def taking(folder: Path, step: int) -> int:
             else:
                 traced.ended()
             store.run.release(ROW, done=True)
-        return tried
+        return len(places[::step])
 
 
 def _places(traced: Traced, end: str = "exit_group(") -> list[tuple[str, int]]:
@@ -272,8 +272,8 @@ def _experiment(fault: str, run: Callable[[Path, int], int], **amounts: int) -> 
     return Experiment(fault, run, inside=True, needs=needs.strace, **amounts)
 
 
-NEAR = _experiment("stopped at every call of a commit, on this host", near, fast=61, slow=7, full=1)
-CONTAINED = _experiment("stopped at every call of a commit, in a container", contained, fast=61, slow=7, full=1)
+NEAR = _experiment("stopped at every call of a commit, on this host", near, fast=83, slow=11, full=1)
+CONTAINED = _experiment("stopped at every call of a commit, in a container", contained, fast=83, slow=11, full=1)
 TAKING = _experiment("stopped at every call of taking a dead one's row", taking, fast=9, slow=3, full=1)
 SILENT = Experiment("a heartbeat that cannot be written", silent, fast=1, full=10, inside=True, quick=True)
-FAR = _experiment("stopped at every call of a commit, on another host", far, slow=11, full=1)
+FAR = _experiment("stopped at every call of a commit, on another host", far, slow=15, full=1)

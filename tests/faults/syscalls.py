@@ -165,7 +165,7 @@ def _experiment(fault: str, run: Callable[[Path, int], int], **amounts: int) -> 
     return Experiment(fault, partial(run), needs=needs.strace, **amounts)
 
 
-FAILING = _experiment("a system call of a worker fails", failing, fast=101, slow=13, full=1)
-LYING = _experiment("a write that lies", lying, fast=23, slow=5, full=1)
+FAILING = _experiment("a system call of a worker fails", failing, fast=401, slow=17, full=1)
+LYING = _experiment("a write that lies", lying, fast=31, slow=5, full=1)
 SHORT = _experiment("every write is cut short", short, fast=1, full=5)
 NETWORK = _experiment("written as to a network: the calls", network, fast=1)

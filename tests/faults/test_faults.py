@@ -4,12 +4,12 @@ import time
 
 import pytest
 
-from tests.faults import crash, kills, power, stopped, syscalls
+from tests.faults import crash, flips, full_disk, kills, power, stopped, syscalls
 from tests.faults.bench import Experiment, Lost
 
 EXPERIMENTS = [
     found
-    for module in (crash, kills, power, stopped, syscalls)
+    for module in (crash, flips, full_disk, kills, power, stopped, syscalls)
     for found in vars(module).values()
     if isinstance(found, Experiment)
 ]
