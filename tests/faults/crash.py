@@ -156,7 +156,7 @@ FIRST: dict[str, tuple[int, Callable[[Layout], None]]] = {
 
 
 def two_in_a_row(folder: Path, draws: int) -> int:
-    """What was cut off, or whose process was killed, is done again, and is cut off as well; without draws only killed."""
+    """What was cut off, or whose process was killed, is done again and cut off as well; without draws only killed."""
     _known.clear()
     states = 0
     for what, (before, action) in FIRST.items():
