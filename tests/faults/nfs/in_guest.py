@@ -13,7 +13,7 @@ import socketserver
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Plain(PosixDisk):
         super().__init__(root)
         self._flags &= ~os.O_DSYNC
 
-    def sync(self, names):
+    def sync(self, names: Iterable[str]) -> None:
         for name in names:
             os.fdatasync(self._fd(name))
 
@@ -70,7 +70,18 @@ class Mapped(PosixDisk):
         os.close(fd)
 
 
-DISKS = {"ours": PosixDisk, "plain": Plain, "mmap": Mapped}
+class Cached(PosixDisk):
+    """Mutant: reads go through the kernel's cache, and writes leave in it what they found there."""
+
+    def __init__(self, root: Path):
+        super().__init__(root)
+        self._direct = 0
+
+    def _forget(self, fd: int) -> None:
+        pass
+
+
+DISKS = {"ours": PosixDisk, "plain": Plain, "mmap": Mapped, "cached": Cached}
 
 
 def opened(path: str, disk: str = "ours", time_to_live: float = 120.0) -> Store:
@@ -122,11 +133,11 @@ def write(
     return {"done": done, "seconds": took, "longest": longest, "errors": errors}
 
 
-def look(path: str, me: int, host: str, rows: int) -> dict[str, Any]:
+def look(path: str, me: int, host: str, rows: int, disk: str = "ours") -> dict[str, Any]:
     """The clients commit a row in turn, each looks before whether what the other has done is seen; and plain numpy
     after all is over."""
     witness, unseen = Witness(host, str(me)), 0
-    with opened(path) as store:
+    with opened(path, disk) as store:
         for row in range(rows):
             witness.say("barrier", 2)
             unseen += int((~store.completed()[:row]).sum() > 0)
