@@ -141,8 +141,7 @@ def _every_call(folder: Path, step: int, judge: Callable[[Stopped], None], *, ne
             try:
                 judge(stopped)
             except Lost as lost:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(traced.pid, signal.SIGKILL)
+                traced.kill()
                 raise Lost(f"stopped at {name} {call}: {lost}") from None
         return tried
 

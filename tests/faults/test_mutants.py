@@ -116,7 +116,6 @@ def pairs():
             yield pytest.param(mutant, experiment, amount, says, id=f"{mutant}, {experiment.fault}", marks=marks)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Lost leaves processes where they are
 @pytest.mark.parametrize(("mutant", "experiment", "amount", "says"), [*pairs()])
 def test_the_bench_catches(mutant, experiment, amount, says, tmp_path, record_property, monkeypatch):
     experiment.needs()

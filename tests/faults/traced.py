@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -33,6 +34,13 @@ class Traced:
 
     def go(self) -> None:
         os.kill(self.pid, signal.SIGUSR1)
+
+    def kill(self) -> None:
+        """An end without a word, for one who has seen enough."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.strace.wait()
+        self.strace.stderr.close()
 
     def ended(self) -> tuple[int, list[str], list[str]]:
         """(exit code, what the child said, lines of the trace)"""
