@@ -70,7 +70,9 @@ def check_header(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], *, ro
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise StoreError(f"{path}: this file of the store is missing; restore it, or initialise a new store") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
         raise StoreError(f"{path}: not a .npy file ({error}); restore it, or initialise a new store") from None
     if found_shape == (rows, *shape[1:]):
         shape = found_shape
