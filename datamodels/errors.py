@@ -31,6 +31,10 @@ class RegressionError(DatamodelsError):
     """A regression problem that cannot be posed or solved as asked."""
 
 
+class MeasurementError(DatamodelsError):
+    """Arrays, a model or a data set of which a measurement cannot be taken."""
+
+
 _JSON_HINTS = {
     "Expecting value": "a value is missing or not in double quotes; no comma behind the last one; true, false and null "
     "in lower case; no comments",
