@@ -1,0 +1,305 @@
+"""What a model is like by itself, or in what it makes of data: norms, geometry of features, symmetries, sharpness."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datamodels.errors import MeasurementError
+from datamodels.measurements.benefits import image_array
+from datamodels.measurements.library import attribute, measurement
+
+if TYPE_CHECKING:
+    import torch
+
+Pixels = np.ndarray
+
+TRANSFORMATIONS: dict[str, Callable[[Pixels], Pixels]] = {
+    "flip": lambda images: images[..., ::-1],
+    "shift": lambda images: np.roll(images, max(1, images.shape[-1] // 8), axis=-1),
+    "rotation": lambda images: np.rot90(images, axes=(-2, -1)),
+    "invert": lambda images: 1 - images,
+}
+_GIVEN = ("flip", "shift", "rotation")
+
+
+@measurement(columns={"l2": (), "rms": (), "spectral": ()})
+def weight_norms(model: torch.nn.Module) -> dict[str, float]:
+    """Of all parameters together: `l2`, and `rms` = l2/√count; `spectral`: the largest singular value of any weight.
+
+    Weights are the parameters of two axes or more, an (o, i, …) one read as the matrix (o, i · …).
+    """
+    import torch
+
+    parameters = [p.detach().double() for p in model.parameters()]
+    if not parameters:
+        raise MeasurementError("weight_norms: the model has no parameters")
+    squares = math.fsum(float(p.square().sum()) for p in parameters)
+    matrices = [p.flatten(1) for p in parameters if p.ndim > 1]
+    return {
+        "l2": math.sqrt(squares),
+        "rms": math.sqrt(squares / sum(p.numel() for p in parameters)),
+        "spectral": max((float(torch.linalg.matrix_norm(m, ord=2)) for m in matrices), default=0.0),
+    }
+
+
+@measurement()
+def effective_rank(features: np.ndarray) -> float:
+    """exp of the entropy of the singular values over their sum, features (n, d) centred; in [1, min(n − 1, d)].
+
+    Roy & Vetterli 2007, definition 1. It does not change with scale or rotation of the features.
+    """
+    values = np.linalg.svd(features - features.mean(0), compute_uv=False)
+    if not values.sum() > 1e-12 * np.abs(features).sum():
+        raise MeasurementError("effective_rank: all examples have the same features")
+    p = values / values.sum()
+    p = p[p > 0]
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+@measurement()
+def anisotropy(features: np.ndarray) -> float:
+    """Mean cosine between the features of two different examples (Ethayarajh 2019, section 3.1), over all pairs."""
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    if len(features) < 2 or not lengths.all():
+        raise MeasurementError("anisotropy: expected two examples or more, none with features that are all 0")
+    total = (features / lengths).sum(0)
+    n = len(features)
+    return float((total @ total - n) / (n * (n - 1)))
+
+
+def _by_transformation(transformations: Sequence[str] | str, **_: Any) -> dict[str, tuple[int, ...]]:
+    return {name.rpartition(".")[2]: () for name in _listed(transformations)}
+
+
+@measurement(columns=_by_transformation)
+def invariance(
+    embed: Callable[[Any], np.ndarray],
+    inputs: np.ndarray,
+    features: np.ndarray,
+    transformations: Sequence[str] | str = _GIVEN,
+) -> dict[str, float]:
+    """1 − mean ‖f(Tx) − f(x)‖² / mean ‖f(x′) − f(x)‖² for each transformation T: 1 where f does not see T.
+
+    x′ is any other example, so 0 says that T moves the features as far as another image would. Transformations are
+    flip, shift (an eighth of the width, around the edge), rotation (a quarter turn), invert, or dotted paths of
+    functions of images (n, c, h, w) in [0, 1].
+    """
+    n = len(features)
+    spread = 2 * n / (n - 1) * features.var(0).sum() if n > 1 else 0.0
+    if not spread > 0:
+        raise MeasurementError("invariance: all examples have the same features")
+    moved = _transformed(embed, inputs, transformations)
+    return {name: float(1 - ((f - features) ** 2).sum(1).mean() / spread) for name, f in moved}
+
+
+@measurement(columns=_by_transformation)
+def equivariance(
+    embed: Callable[[Any], np.ndarray],
+    inputs: np.ndarray,
+    features: np.ndarray,
+    transformations: Sequence[str] | str = _GIVEN,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How well a linear map of f(x) gives f(Tx), for each transformation T: R² on the half that did not fit the map.
+
+    1 where T acts on the features as one linear map (Lenc & Vedaldi 2015, section 3), whether or not it leaves them as
+    they are. The map is ridge regression with its penalty chosen by leave-one-out on its own half, so it is defined
+    for fewer examples than features. Transformations as for `invariance`.
+    """
+    from sklearn.linear_model import RidgeCV
+
+    if len(features) < 10:
+        raise MeasurementError(f"equivariance: expected ten examples or more, got {len(features)}")
+    order = np.random.default_rng(seed).permutation(len(features))
+    fit, held = order[::2], order[1::2]
+    scale = features[fit].std() or 1.0
+    found = {}
+    for name, moved in _transformed(embed, inputs, transformations):
+        spread = ((moved[held] - moved[held].mean(0)) ** 2).sum()
+        if not spread > 0:
+            raise MeasurementError(f"equivariance, {name}: all transformed examples have the same features")
+        model = RidgeCV(np.logspace(-8, 4, 13)).fit(features[fit] / scale, moved[fit])
+        found[name] = float(1 - ((model.predict(features[held] / scale) - moved[held]) ** 2).sum() / spread)
+    return found
+
+
+def _listed(transformations: Sequence[str] | str) -> list[str]:
+    return [transformations] if isinstance(transformations, str) else list(transformations)
+
+
+def _transformed(
+    embed: Callable[[Any], np.ndarray], inputs: np.ndarray, transformations: Sequence[str] | str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The features (n, d) of the transformed images, by the transformation's name."""
+    images = image_array(inputs, "transformations")
+    for name in _listed(transformations):
+        if "." in name:
+            function = attribute(name, f"transformation {name!r}")
+        elif name in TRANSFORMATIONS:
+            function = TRANSFORMATIONS[name]
+        else:
+            raise MeasurementError(
+                f"there is no transformation {name!r}; expected one of {', '.join(TRANSFORMATIONS)}, or a dotted path"
+            )
+        moved = np.ascontiguousarray(function(images), dtype=np.float32)
+        if moved.shape != images.shape:
+            raise MeasurementError(f"transformation {name!r}: images {images.shape} became {moved.shape}")
+        yield name.rpartition(".")[2], embed(moved)
+
+
+@measurement()
+def sharpness(
+    model: torch.nn.Module,
+    data: tuple[torch.Tensor, torch.Tensor],
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    seed: int = 0,
+    examples: int = 1000,
+    batch_size: int = 250,
+    tolerance: float = 0.01,
+    iterations: int = 500,
+) -> float:
+    """Largest eigenvalue of the Hessian of the mean loss over the first `examples`, by power iteration.
+
+    Hessian-vector products by differentiating twice. Where the eigenvalue of largest size is negative, the Hessian is
+    shifted by it and iterated again. The residual ‖Hv − λv‖ is at most tolerance · |λ|, so an eigenvalue is that near;
+    DatamodelsError where `iterations` do not get there.
+    """
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise MeasurementError("sharpness: no parameter of the model takes a gradient")
+    device = parameters[0].device
+    inputs, labels = data[0][:examples], data[1][:examples]
+
+    def product(direction: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros_like(direction)
+        parts = [
+            p.view_as(q) for p, q in zip(direction.split([q.numel() for q in parameters]), parameters, strict=True)
+        ]
+        for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
+            with torch.enable_grad():
+                loss = loss_fn(model(x.to(device)), y.to(device)) * (len(y) / len(labels))
+                first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+                slope = sum((g * v).sum() for g, v in zip(first, parts, strict=True) if g is not None)
+                second = torch.autograd.grad(slope, parameters, allow_unused=True)
+            total += torch.cat(
+                [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(second, parameters, strict=True)]
+            )
+        return total
+
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(sum(p.numel() for p in parameters), generator=generator).to(device, parameters[0].dtype)
+    value = _power_iteration(product, start, tolerance, iterations)
+    if value >= 0:
+        return value
+    # H − value · I has no negative eigenvalue, and its largest is that of H moved by −value.
+    return value + _power_iteration(lambda v: product(v) - value * v, start, tolerance, iterations)
+
+
+def _power_iteration(
+    product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, tolerance: float, iterations: int
+) -> float:
+    vector = start / start.norm()
+    value = residual = float("nan")
+    for _ in range(iterations):
+        image = product(vector)
+        value = float(vector @ image)
+        residual = float((image - value * vector).norm())
+        if not math.isfinite(residual):
+            raise MeasurementError("sharpness: a Hessian-vector product is not finite")
+        if residual <= tolerance * abs(value):
+            return value
+        length = image.norm()
+        if length == 0:
+            return 0.0
+        vector = image / length
+    raise MeasurementError(
+        f"sharpness: after {iterations} products the eigenvalue is {value:.4g} with a residual of {residual:.2g}, "
+        f"above {tolerance} of it; raise ?iterations= or ?tolerance="
+    )
+
+
+@measurement()
+def disentanglement(features: np.ndarray, factors: np.ndarray, bins: int = 20) -> float:
+    """Mutual information gap, mean over factors: (I(z₁; v) − I(z₂; v)) / H(v), z₁ and z₂ the two most telling features.
+
+    Chen et al. 2018, eq. 6; a feature is cut into `bins` equal parts of its range, as there. 1: each factor is told by
+    exactly one feature and wholly; rotated features tell each factor by several, and score less.
+    """
+    n, count = factors.shape
+    if features.shape[1] < 2:
+        raise MeasurementError("disentanglement: expected two features or more")
+    codes = []
+    for column in features.T:
+        low, high = column.min(), column.max()
+        codes.append(np.minimum(((column - low) / ((high - low) or 1.0) * bins).astype(int), bins - 1))
+    gaps = []
+    for k in range(count):
+        values, factor = np.unique(factors[:, k], return_inverse=True)
+        if len(values) < 2:
+            raise MeasurementError(f"disentanglement: factor {k} has the same value in all {n} examples")
+        if len(values) > n / 2:
+            raise MeasurementError(
+                f"disentanglement: factor {k} has {len(values)} values in {n} examples; expected a few levels each"
+            )
+        p = np.bincount(factor) / n
+        entropy = -(p * np.log(p)).sum()
+        informed = np.sort([_information(code, factor, bins, len(values)) for code in codes])
+        gaps.append((informed[-1] - informed[-2]) / entropy)
+    return float(np.mean(gaps))
+
+
+def _information(a: np.ndarray, b: np.ndarray, levels_a: int, levels_b: int) -> float:
+    """Mutual information of two variables of so many levels in the sample, in nats."""
+    joint = np.bincount(a * levels_b + b, minlength=levels_a * levels_b).reshape(levels_a, levels_b) / len(a)
+    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    seen = joint > 0
+    return float((joint[seen] * np.log(joint[seen] / independent[seen])).sum())
+
+
+@measurement(columns={"": (), "se": (), "rhat": (), "acceptance": (), "trusted": (), "n": (), "nbeta": ()})
+def llc(
+    model: torch.nn.Module,
+    data: tuple[torch.Tensor, torch.Tensor],
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    seed: int = 0,
+    examples: int = 1000,
+    step: float = 0.5,
+    gamma: float = 100.0,
+    draws: int = 300,
+    burn_in: int = 300,
+    chains: int = 4,
+) -> dict[str, float]:
+    """Local learning coefficient over the first `examples`, by SGLD with all of them in every step (`llc.estimate`).
+
+    The step size needs no calibration: `step` / (nβ · sharpness + γ), for which a quadratic accepts about 95 %. With
+    its standard error, R̂, acceptance, whether the estimator itself trusts it (1 or 0), and n and nβ, without which
+    the number says nothing.
+    """
+    from datamodels.measurements import llc as chains_of
+    from datamodels.measurements.samplers import Settings, default_nbeta
+
+    inputs, labels = data[0][:examples], data[1][:examples]
+    nbeta = default_nbeta(len(labels))
+    curvature = sharpness.function(model, (inputs, labels), loss_fn, seed=seed, examples=examples)
+    settings = Settings(
+        epsilon=step / (nbeta * max(curvature, 0.0) + gamma),
+        gamma=gamma,
+        draws=draws,
+        burn_in=burn_in,
+        chains=chains,
+        losses="all",
+    )
+    found = chains_of.estimate(model, loss_fn, (inputs, labels), settings, seed=seed)
+    columns = found.columns()
+    return {
+        "": found.mean,
+        "trusted": float(found.verdict.word == chains_of.TRUST),
+        "se": found.standard_error,
+        **{name: float(columns[name]) for name in ("rhat", "acceptance", "n", "nbeta")},
+    }
