@@ -303,6 +303,9 @@ class Cell:
     prefix: str
     datasets: tuple[str, ...] | None  # None: those that `measure` is given
 
+    def __str__(self) -> str:
+        return " on ".join(filter(None, (self.asked.stem, "->".join(self.datasets or ()))))
+
     @property
     def keys(self) -> dict[str, tuple[int, ...]]:
         """Its keys and their shapes."""
@@ -326,7 +329,7 @@ def plan(names: Iterable[str], on: Sequence[str] | None = None) -> list[Cell]:
     `digits_test_to_noisy_test_`; a measurement that compares two data sets is for the pairs, all others for the rest.
     What looks at the model alone has the same plain keys everywhere. Raises MeasurementError.
     """
-    places = None if on is None else [_place(entry) for entry in on]
+    places = None if on is None else [place(entry) for entry in on]
     cells: list[Cell] = []
     for asked in resolve(names):
         count = asked.measurement.num_datasets
@@ -342,20 +345,22 @@ def plan(names: Iterable[str], on: Sequence[str] | None = None) -> list[Cell]:
                     f"measurements, on: {asked.stem} needs {form}; got {', '.join(on or ()) or 'none'}"
                 )
             cells += here
-    seen: dict[str, str] = {}
+    seen: dict[str, Cell] = {}
     for cell in cells:
         for key in (*cell.keys, cell.seconds):
-            if seen.setdefault(key, cell.asked.stem) != cell.asked.stem:
+            if seen.setdefault(key, cell) is not cell:
                 raise MeasurementError(
-                    f"measurements: {seen[key]} and {cell.asked.stem} would both fill {key!r}; give one of them "
-                    f"another name with ?as="
+                    f"measurements: {seen[key]} and {cell} would both fill {key!r}; rename one of them"
                 )
     return cells
 
 
-def _place(entry: str) -> tuple[str, tuple[str, ...]]:
+def place(entry: str) -> tuple[str, tuple[str, ...]]:
+    """The beginning of the keys of an entry of `on`, and its data sets. Raises MeasurementError."""
     datasets = split_pair(entry)
-    prefix = "_to_".join(name.replace("/", "_") for name in datasets) + "_"
+    # of a dotted path the last part, as in the name of a measurement
+    short = [name.rpartition(".")[2] if _DOTTED.fullmatch(name.partition("/")[0]) else name for name in datasets]
+    prefix = "_to_".join(name.replace("/", "_") for name in short) + "_"
     if len(datasets) > 2 or any(name.count("/") > 1 for name in datasets) or not _STEM.fullmatch(prefix):
         raise MeasurementError(
             f"measurements, on: expected <data set>/<split>, or two of them as in a/test->b/test, in letters, digits, "

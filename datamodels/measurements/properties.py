@@ -169,6 +169,7 @@ def sharpness(
     DatamodelsError where `iterations` do not get there.
     """
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -182,7 +183,7 @@ def sharpness(
             p.view_as(q) for p, q in zip(direction.split([q.numel() for q in parameters]), parameters, strict=True)
         ]
         for x, y in zip(inputs.split(batch_size), labels.split(batch_size), strict=True):
-            with torch.enable_grad():
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
                 loss = loss_fn(model(x.to(device)), y.to(device)) * (len(y) / len(labels))
                 first = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
                 slope = sum((g * v).sum() for g, v in zip(first, parts, strict=True) if g is not None)
