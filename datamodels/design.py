@@ -35,7 +35,10 @@ from datamodels.spec import MAX_ROWS, Spec, nearest
 
 SAMPLERS = ("bernoulli", "fixed_size", "stratified", "by_group")
 BLOCK_ROLES = ("train", "eval")
-RESERVED = ("index", "indices", "logdir", "logdirs", "mask", "masks", "seed", "seeds", "smoke")
+RESERVED = (
+    *("index", "indices", "logdir", "logdirs", "mask", "masks", "seed", "seeds", "smoke"),
+    *("keys", "measurements"),
+)
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
     "!=": operator.ne,

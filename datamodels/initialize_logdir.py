@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datamodels import cli
 from datamodels.cli import Option
+from datamodels.errors import DatamodelsError, SpecError
+from datamodels.spec import Spec, measurements_of, read_json
 from datamodels.store import Store
 
 SECTIONS = {
     "logging": {
         "logdir": Option(str, "folder to make the store in; it may exist, without a store in it", required=True),
-        "spec": Option(str, "JSON spec: num_models, schema, design", required=True),
+        "spec": Option(str, "JSON spec: num_models, schema, measurements, design", required=True),
         "reserve": Option(
             str,
             "reserve disk space for all rows now, where the file system can",
@@ -25,7 +28,8 @@ SECTIONS = {
 
 def initialize(logdir: str | Path, spec: str | Path, *, reserve: bool = True) -> str:
     """Make the store and describe it in a few lines. Raises `SpecError` and `StoreError`."""
-    with Store.create(logdir, spec, reserve=reserve) as store:
+    spec = Path(spec)
+    with Store.create(logdir, expanded(spec), reserve=reserve, base=spec.resolve().parent) as store:
         size = sum(field.nbytes for field in store.spec.schema.values()) * store.num_models
         lines = [f"{store.path}: {store.num_models:,} rows, {size / 1e6:,.1f} MB"]
         for key, field in store.spec.schema.items():
@@ -43,6 +47,35 @@ def initialize(logdir: str | Path, spec: str | Path, *, reserve: bool = True) ->
                 f"  block {number}: {block.rows:,} {block.role} rows" + (f" = {' × '.join(what)}" if what else "")
             )
         return "\n".join(lines)
+
+
+def expanded(path: Path) -> Spec:
+    """The spec in a JSON file, with a key of the schema for each of its measurements. `SpecError`."""
+    raw = read_json(path)
+    try:
+        asked = measurements_of(raw) if isinstance(raw, dict) else None
+        if asked is not None:
+            raw = {**raw, "schema": {**raw.get("schema", {}), **_measured(raw, asked)}}
+        return Spec.from_json(raw)
+    except DatamodelsError as error:
+        raise SpecError(f"{path}: {error}") from None
+
+
+def _measured(raw: Mapping[str, Any], asked: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Entries of the schema for what is to be measured, without those that the spec has itself."""
+    from datamodels.measurements import library  # late: what has no measurements need not load it
+
+    blocks = raw.get("design") or []
+    per_row = any("dataset" in block.get("choices", {}) for block in blocks if isinstance(block, dict))
+    on = asked.get("on")
+    if per_row and on:
+        raise SpecError(
+            "measurements, on: the design has a factor `dataset`, so each row has its own data set; leave out one of "
+            "the two"
+        )
+    schema = library.schema(asked["names"], on)
+    own = raw.get("schema", {})
+    return {key: entry for key, entry in schema.items() if key not in own}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -206,7 +206,9 @@ class Field:
             )
         if target.kind == "f":
             with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-                cast = array.astype(target)
+                cast = array.astype(target, copy=False)
+            if cast is array and (self.allow_nonfinite or bool(np.isfinite(array).all())):
+                return array
             finite = np.isfinite(array) if kind == "f" else np.ones(array.shape, bool)
             if not self.allow_nonfinite and not bool(finite.all()):
                 raise RowError(
@@ -318,7 +320,8 @@ def _show(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-_TOP = ("format", "num_models", "schema", "design")
+_TOP = ("format", "num_models", "schema", "measurements", "design")
+_MEASUREMENTS = ("names", "on")
 _ENTRY = ("shape", "dtype", "role", "required", "allow_nonfinite")
 
 
@@ -327,12 +330,15 @@ class Spec:
     """What a store holds: how many rows, which keys, and the design that chose them.
 
     `num_models` is None only until `datamodels.design.resolve` has counted the design's rows. `design` is the
-    list of blocks as in the JSON, or None; `datamodels.design` gives it meaning. Raises `SpecError`.
+    list of blocks as in the JSON, or None; `datamodels.design` gives it meaning. `measurements` is {"names": [...],
+    "on": [...]}, what `main` is to measure and on which data sets, or None; `datamodels.measurements.library` gives it
+    meaning, and keys of the schema when the store is made. Raises `SpecError`.
     """
 
     num_models: int | None
     schema: Mapping[str, Field]
     design: tuple[Mapping[str, Any], ...] | None = None
+    measurements: Mapping[str, tuple[str, ...]] | None = None
 
     def __post_init__(self) -> None:
         if self.num_models is None:
@@ -401,7 +407,7 @@ class Spec:
             design = tuple(design)
         if "num_models" in raw and raw["num_models"] is None:
             raise SpecError("num_models: expected an int >= 1, got None")
-        return cls(raw.get("num_models"), schema, design)
+        return cls(raw.get("num_models"), schema, design, measurements_of(raw))
 
     @classmethod
     def load(cls, path: str | Path) -> Spec:
@@ -420,6 +426,8 @@ class Spec:
             "num_models": self.num_models,
             "schema": {key: field.to_json() for key, field in self.schema.items()},
         }
+        if self.measurements is not None:
+            out["measurements"] = {name: list(words) for name, words in self.measurements.items()}
         if self.design is not None:
             out["design"] = [dict(block) for block in self.design]
         return out
@@ -427,6 +435,24 @@ class Spec:
     def with_rows(self, num_models: int, design: Sequence[Mapping[str, Any]] | None) -> Spec:
         """This spec with its rows counted and its design resolved."""
         return replace(self, num_models=num_models, design=None if design is None else tuple(design))
+
+
+def measurements_of(raw: Mapping[str, Any]) -> dict[str, tuple[str, ...]] | None:
+    """The `measurements` of a parsed spec, {"names": (...), "on": (...)}, or None where it has none. `SpecError`."""
+    if "measurements" not in raw:
+        return None
+    given, form = raw["measurements"], '{"names": ["default", ...], "on": ["digits/test", ...]}'
+    if not isinstance(given, dict):
+        raise SpecError(f"measurements: expected {form}, got {_show(given)}")
+    _refuse_unknown(given, _MEASUREMENTS, "measurements, ")
+    if "names" not in given:
+        raise SpecError(f"measurements: names is missing; expected {form}")
+    for name, words in given.items():
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+            raise SpecError(f"measurements, {name}: expected a list of names, got {_show(words)}; as in {form}")
+        if len(set(words)) < len(words):
+            raise SpecError(f"measurements, {name}: a name stands there twice: {_show(words)}")
+    return {name: tuple(words) for name, words in given.items()}
 
 
 def _refuse_unknown(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -135,6 +135,7 @@ def available(store: Store, *, many: bool) -> list[str]:
     """Names that `main` (or `main_many`) may ask for."""
     masks = any(block.sampler for block in store.design.blocks)
     names = ["indices", "seeds", "logdirs", "smoke"] if many else ["index", "seed", "logdir", "smoke"]
+    names += ["keys", "measurements"]
     names += (["masks"] if many else ["mask"]) if masks else []
     return names + [f for f in store.design.factors if f not in RESERVED]
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from datamodels.running.ends import last_line
 from datamodels.running.routine import unwrapped
 from datamodels.running.worker import Worker
 
@@ -66,6 +67,9 @@ def smoke(worker: Worker, row: int, *, batch: int) -> str:
         f"every value fits the schema; nothing was written"
     ]
     for key, value in results[row].items():
+        if isinstance(value, BaseException):
+            lines.append(f"  {key}: failed, {last_line(value)}")
+            continue
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
         spread = (
             f"min {array.min():.4g}, mean {array.mean():.4g}, max {array.max():.4g}"

@@ -285,11 +285,13 @@ class Worker:
     def _invoke(self, routine: Routine, assignments: Sequence[Assignment], smoke: bool, folders: list[str]) -> Any:
         """What a function returns for what the design gives to rows; main has one, main_many a leading axis."""
         seed_everything(assignments[0].seed)
+        asked = {"keys": self.store.asked(assignments), "measurements": dict(self.store.spec.measurements or {})}
         if routine is self.main:
             (one,) = assignments
             given = {"index": one.row, "seed": one.seed, "mask": one.mask, "smoke": smoke, "logdir": folders[0]}
-            return routine({**one.choices, **given})
+            return routine({**one.choices, **given, **asked})
         arguments: dict[str, Any] = {
+            **asked,
             "indices": np.array([a.row for a in assignments], np.int64),
             "seeds": np.array([a.seed for a in assignments], np.int64),
             "smoke": smoke,
@@ -385,6 +387,12 @@ class Worker:
             self._done(row, blobs, replace=replace)
 
     def _done(self, row: int, blobs: Mapping[str, bytes], *, replace: bool) -> None:
+        failed = {key: blob for key, blob in blobs.items() if isinstance(blob, commits.Failed)}
+        if failed and set(failed) & set(self.store.required):  # of those that --worker.keys names
+            self._failed(row, next(iter(failed.values())).why or RowError(f"row {row}: {', '.join(failed)} failed"))
+            return
+        if failed:
+            self._keys_failed(row, failed)
         self.tally.committed += 1
         self._note()
         self._attempts.pop(row, None)
@@ -413,6 +421,16 @@ class Worker:
             self._last |= self._ranks is not None
             self._note()
             self.store.run.release(row, done=False)
+
+    def _keys_failed(self, row: int, failed: Mapping[str, commits.Failed]) -> None:
+        try:
+            files = self.store.failed_keys(row, failed)
+            places = {key: f"; traceback in {path}" for key, path in files.items()}
+        except StoreError as full:
+            places = dict.fromkeys(failed, f"; and its traceback could not be kept ({full})")
+        for key, blob in failed.items():
+            what = "failed" if blob.why is None else f"failed: {last_line(blob.why)}"
+            print(f"row {row}: {key} {what}{places[key]}; the row is complete without it", file=sys.stderr, flush=True)
 
     def _note(self) -> None:
         self.store.run.note(rows_done=self.tally.committed, rows_failed=self.tally.failed, **describe.software())

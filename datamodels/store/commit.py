@@ -44,6 +44,12 @@ ROW_RECORD = np.dtype(
 COMPLETED_FILE, ROWS_FILE, JOURNAL = f"{COMPLETED}.npy", "_rows.npy", "_replace"
 
 
+class Failed(bytes):
+    """What is written where a key of a row was tried and failed: bytes that stand for no value. `why`: its error."""
+
+    why: BaseException | None = None
+
+
 def key_file(key: str) -> str:
     return f"{key}.npy"
 
@@ -124,6 +130,13 @@ def key_record(key: str, row: int, *, attempt: int, crc32: int, status: int = VA
     return head + struct.pack("<I", _check(head, record_file(key), row))
 
 
+def _record_of(key: str, row: int, attempt: int, blob: bytes) -> bytes:
+    """The record of a key that has been written. A key that failed is at its first attempt, whatever its row's is."""
+    if isinstance(blob, Failed):
+        return key_record(key, row, attempt=1, crc32=zlib.crc32(blob), status=KEY_FAILED)
+    return key_record(key, row, attempt=attempt, crc32=zlib.crc32(blob))
+
+
 def row_record(row: int, *, state: int, attempts: int, started: float, finished: float, seed: int, run: str) -> bytes:
     head = struct.pack("<IIddQ24sI", state, attempts, started, finished, seed, run.encode()[:24], 0)
     return head + struct.pack("<I", _check(head, ROWS_FILE, row))
@@ -143,6 +156,8 @@ def problem(record: np.void, key: str, row: int, blob: bytes | memoryview) -> st
     """What is wrong with a complete row's key, or None: the record, and the bytes against it."""
     if not key_record_intact(record, key, row):
         return "its record is damaged"
+    if record["status"] == KEY_FAILED:
+        return "it failed when it was to be made"
     if record["status"] != VALID:
         return "it was never written"
     if zlib.crc32(blob) != record["crc32"]:
@@ -206,7 +221,7 @@ def commit(
             record_file(key),
             rows,
             [
-                key_record(key, row, attempt=info.attempts, crc32=zlib.crc32(blob))
+                _record_of(key, row, info.attempts, blob)
                 for row, info, blob in zip(rows, infos, blobs[key], strict=True)
             ],
             guard,
@@ -282,8 +297,7 @@ def fill(
     layout.disk.sync([key_file(key) for key in blobs])
     for key in blobs:
         records = [
-            key_record(key, row, attempt=attempt, crc32=zlib.crc32(blob))
-            for row, attempt, blob in zip(rows, attempts, blobs[key], strict=True)
+            _record_of(key, row, attempt, blob) for row, attempt, blob in zip(rows, attempts, blobs[key], strict=True)
         ]
         layout.write(record_file(key), rows, records, guard)
     layout.disk.sync([record_file(key) for key in blobs])
@@ -333,6 +347,7 @@ def write_journal(layout: Layout, row: int, blobs: Mapping[str, bytes], info: Ro
             "started": info.started,
             "seed": info.seed,
             "keys": [[key, len(blob)] for key, blob in blobs.items()],
+            "failed": [key for key, blob in blobs.items() if isinstance(blob, Failed)],
         }
     ).encode()
     body = _MAGIC + struct.pack("<I", len(head)) + head + b"".join(blobs.values())
@@ -362,6 +377,7 @@ def read_journal(layout: Layout, row: int) -> tuple[str, RowInfo, dict[str, byte
         if not whole or not fits or not set(sizes) <= set(layout.fields):
             raise ValueError
         run, info = str(head["run"]), RowInfo(int(head["attempts"]), float(head["started"]), int(head["seed"]))
+        failed = frozenset(map(str, head.get("failed", ())))
     except (ValueError, KeyError, TypeError, OverflowError, MemoryError, struct.error):
         raise StoreError(
             f"{name}: this journal of a replaced row is damaged; remove the file, and run the row again if it is not "
@@ -369,7 +385,7 @@ def read_journal(layout: Layout, row: int) -> tuple[str, RowInfo, dict[str, byte
         ) from None
     offset, blobs = start + length, {}
     for key, size in sizes.items():
-        blobs[key] = raw[offset : offset + size]
+        blobs[key] = (Failed if key in failed else bytes)(raw[offset : offset + size])
         offset += size
     return run, info, blobs
 

@@ -24,9 +24,11 @@ MARKER = "spec.json.partial"
 FOLDERS = ("claims", "runs", "workers")
 
 
-def create(path: Path, spec: Spec | Mapping[str, Any] | str | Path, *, reserve: bool, sync: bool) -> None:
+def create(
+    path: Path, spec: Spec | Mapping[str, Any] | str | Path, *, reserve: bool, sync: bool, base: Path | None = None
+) -> None:
     """Make the folder of a new store; see `Store.create`."""
-    base = Path()
+    base = base or Path()
     if isinstance(spec, (str, Path)):
         base = Path(spec).resolve().parent
         where, spec = f"{spec}: ", Spec.load(spec)

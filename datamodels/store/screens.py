@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 
-from datamodels.store.status import Progress, progress
+from datamodels.store.status import FailedKey, Progress, progress
 from datamodels.store.store import Store
 
 _ON_A_TERMINAL, _ELSEWHERE = 2.0, 15.0  # seconds between two looks
@@ -28,7 +28,7 @@ def lines(name: str, state: Progress) -> list[str]:
         out.append(f"  {speed}")
     for key, rows in state.keys.items():
         if rows < state.completed:
-            out.append(f"  {key}: {rows:,} of the complete rows have it")
+            out.append(f"  {key}: {rows:,} of the complete rows have it{_failed_key(state.failed_keys.get(key))}")
     if state.stale:
         out.append(f"  {state.stale:,} of those to do {_are(state.stale)} held by nobody any more:")
         out += [f"    row {row.row}: {row.run}, which {_gone(row.state)}" for row in state.stale_rows]
@@ -40,6 +40,12 @@ def lines(name: str, state: Progress) -> list[str]:
     if state.unfinished:
         out.append("  grow or add-key is at work, or was cut short; run it again to be sure")
     return out
+
+
+def _failed_key(failed: FailedKey | None) -> str:
+    if failed is None:
+        return ""
+    return f"; it failed in {failed.rows:,}, as in row {failed.first}: {failed.error or 'no traceback'}"
 
 
 def _are(count: int) -> str:

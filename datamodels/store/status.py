@@ -28,12 +28,22 @@ class Stale:
 
 
 @dataclass(frozen=True)
+class FailedKey:
+    """An optional key that was tried and failed in `rows` complete rows; the first of these, and its error."""
+
+    rows: int
+    first: int
+    error: str
+
+
+@dataclass(frozen=True)
 class Progress(Status):
     """`Status`, and what there is to say of rows that are under way.
 
     `pending` counts the `stale` rows too: the next worker takes them. `rate` is in rows per second over the last
     `rate_seconds`, None where none was finished in a day; `seconds_left` is None where nobody is at work. `keys` counts
-    per optional key the complete rows that have it. `unfinished`: a change of the store was cut short.
+    per optional key the complete rows that have it, and `failed_keys` has those that failed in complete rows: in how
+    many, the first of them, and its error. `unfinished`: a change of the store was cut short.
     """
 
     stale: int
@@ -43,6 +53,7 @@ class Progress(Status):
     rate_seconds: float | None
     seconds_left: float | None
     keys: Mapping[str, int]
+    failed_keys: Mapping[str, FailedKey]
     unfinished: bool
 
 
@@ -61,6 +72,13 @@ def progress(store: Store, *, failures: int = 20) -> Progress:
     pending = count - done - running - len(failed)
     workers = len({claims[row] for row in under_way} - {claims[row] for row in stale})
     rate, span = _rate(started[completed], finished[completed], now)
+    keys, failed_keys = {}, {}
+    for key, field in store.spec.schema.items():
+        if not field.required:
+            status = np.where(completed, _statuses(store, key), 0)
+            keys[key] = int((status == commits.VALID).sum())
+            if len(bad := np.flatnonzero(status == commits.KEY_FAILED)):
+                failed_keys[key] = FailedKey(len(bad), int(bad[0]), store.key_error(int(bad[0]), key))
     at_work = workers or (completed & (finished > now - _LATELY)).any()  # a fast worker may hold nothing just now
     return Progress(
         count,
@@ -78,11 +96,8 @@ def progress(store: Store, *, failures: int = 20) -> Progress:
         rate,
         span,
         (pending + running) / rate if rate and at_work else None,
-        {
-            key: int((_statuses(store, key) == commits.VALID)[completed].sum())
-            for key, field in store.spec.schema.items()
-            if not field.required
-        },
+        keys,
+        failed_keys,
         (store.path / NEXT_FILE).exists(),
     )
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from traceback import format_exception
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ from datamodels.store.disk import PosixDisk, filesystem
 _READ_BYTES, _READ_ROWS = 1 << 26, 1 << 14
 _LOOKS, _LOOK_SECONDS = 3, 0.05  # at a row that is being replaced
 _REPLACED = "is being replaced; read it again in a moment (one that was cut short is finished when the store is opened)"
+_KEY_ATTEMPT = re.compile(r"attempt-(.+)-([0-9]+)\.json")
 _SIDE = re.compile(r"\.?([0-9]+)(\.[0-9]+\.partial)?")  # a journal, or one that was not finished
 
 
@@ -76,15 +78,23 @@ class Store:
 
     @classmethod
     def create(
-        cls, path: str | Path, spec: Spec | Mapping[str, Any] | str | Path, *, reserve: bool = True, sync: bool = True
+        cls,
+        path: str | Path,
+        spec: Spec | Mapping[str, Any] | str | Path,
+        *,
+        reserve: bool = True,
+        sync: bool = True,
+        base: Path | None = None,
     ) -> Store:
         """A new store at `path`, of a `Spec`, parsed JSON or the path of a JSON file.
+
+        Files that the design names are looked for in the JSON file's folder, or in `base`, by default the current one.
 
         The folder may exist, but not with a store, or with files of the names that a store needs. Where the file system
         can, space for all rows is reserved (`reserve`), so that a full disk is an error now. Raises `SpecError` and
         `StoreError`; in both cases nothing that was there before has changed.
         """
-        create(Path(path), spec, reserve=reserve, sync=sync)
+        create(Path(path), spec, reserve=reserve, sync=sync, base=base)
         return cls.open(path, sync=sync)
 
     @classmethod
@@ -280,6 +290,8 @@ class Store:
             records[place], blobs[place], problem = self.reread(field, row)
             if problem:
                 again = f"; run it again with --worker.index={row} --worker.do_if_complete"
+                if not field.required and records[place]["status"] != commits.VALID:
+                    again = f"; it is optional, and --worker.keys={field.name} fills it in"
                 raise StoreError(
                     f"{self.path}: row {row}, {field.name!r}: {problem}{'' if problem == _REPLACED else again}"
                 )
@@ -371,12 +383,17 @@ class Store:
     def last_error(self, row: int) -> str:
         """Last line of the traceback of a row's last attempt, or "" where there is none."""
         attempt = int(self.layout.row_records([row])["attempts"][0])  # not the newest file: a row may have been reset
+        return _last_line(self.path / f"workers/{row}/{self.attempt_name}-{attempt}.json")
+
+    def key_error(self, row: int, key: str) -> str:
+        """Last line of the traceback of the last attempt at an optional key of a row, or "" where there is none."""
         try:
-            report = json.loads((self.path / f"workers/{row}/{self.attempt_name}-{attempt}.json").read_text())
-            lines = str(report["traceback"]).strip().splitlines()
-            return lines[-1] if lines else ""
-        except (OSError, ValueError, KeyError, TypeError):
+            names = os.listdir(self.path / f"workers/{row}")
+        except OSError:
             return ""
+        found = [match for match in map(_KEY_ATTEMPT.fullmatch, names) if match and key in match[1].split("+")]
+        last = max(found, key=lambda match: int(match[2]), default=None)
+        return _last_line(self.path / f"workers/{row}/{last[0]}") if last else ""
 
     # ---------------------------------------------------------------- commit
 
@@ -405,7 +422,42 @@ class Store:
                 f"missing; got {', '.join(map(repr, values)) or 'nothing'}; return them, or say "
                 f'"required": false in the schema'
             )
-        return {key: self.spec.schema[key].encode(value, where=where).tobytes() for key, value in values.items()}
+        return {key: self._encoded(key, value, where) for key, value in values.items()}
+
+    def _encoded(self, key: str, value: Any, where: str) -> bytes:
+        """One value as it is written. An exception stands for an optional key that failed: NaN where that may be."""
+        field = self.spec.schema[key]
+        if not isinstance(value, BaseException):
+            return field.encode(value, where=where).tobytes()
+        if key in self.required and field.required:
+            raise RowError(
+                f"{where}, {key!r}: main returned {type(value).__name__}: {value}; this key is required, so the row "
+                f'fails; say "required": false in the schema to keep its other keys'
+            ) from value
+        blank = np.full(field.disk_shape, np.nan if field.allow_nonfinite else 0).astype(field.disk_dtype)
+        blob = commits.Failed(blank.tobytes())
+        blob.why = value
+        return blob
+
+    def failed_keys(self, row: int, blobs: Mapping[str, bytes]) -> dict[str, Path]:
+        """Keep the tracebacks of keys of a row that was committed without them; the file of each.
+
+        They are named as those of attempts to fill in that key alone (`KeyStore`), of which it was the first.
+        """
+        files = {}
+        for key, blob in blobs.items():
+            if isinstance(blob, commits.Failed):
+                name = f"workers/{row}/attempt-{key}-1.json"
+                words = "".join(format_exception(blob.why)) if blob.why is not None else ""
+                report = {"row": row, "attempt": 1, "run": self.run.id, "time": time.time(), "traceback": words}
+                self.disk.put(name, (json.dumps(report, indent=1) + "\n").encode())
+                files[key] = self.path / name
+        return files
+
+    def asked(self, assignments: Sequence[Assignment]) -> tuple[str, ...]:
+        """The keys that `main` is to return of such rows: those that the design does not fill in."""
+        given = {key for assignment in assignments for key in self.audit(assignment)}
+        return tuple(key for key in self.written if key not in given)
 
     def audit(self, assignment: Assignment) -> dict[str, Any]:
         """What the design itself says of a row, for the keys of the schema that have its names: mask and factors."""
@@ -622,6 +674,15 @@ class Store:
             for i in fresh
         ]
         self.layout.write(ROWS_FILE, [rows[i] for i in fresh], records, lambda: None)
+
+
+def _last_line(path: Path) -> str:
+    """Last line of the traceback in a file of an attempt, or "" where it has none."""
+    try:
+        lines = str(json.loads(path.read_text())["traceback"]).strip().splitlines()
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return lines[-1] if lines else ""
 
 
 def _version(path: Path) -> tuple[int, int]:
