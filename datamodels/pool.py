@@ -59,7 +59,7 @@ _STOP_SECONDS = 4.0
 _BARREN_LIMIT = 5
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     def __init__(self, number: int):
         super().__init__(number)
         self.number = number
@@ -78,9 +78,12 @@ def run_pool(
     that finds so after others have begun with rows, as when somebody edits the module, is left out.
     """
 
+    asked: list[int] = []
+
     def interrupt(number: int, frame: FrameType | None) -> None:
         for stop in before:  # once is enough: what follows takes seconds
             signal.signal(stop, signal.SIG_IGN)
+        asked.append(number)
         raise Interrupted(number)
 
     watch = Watch(share, progress)
@@ -93,6 +96,8 @@ def run_pool(
         if hello := executor.hello():
             watch.write(hello)
         while executor.running() or executor.waiting():
+            if asked:  # Python drops what is raised while it is in a finaliser, or in a callback from C
+                raise Interrupted(asked[0])
             time.sleep(0.2)
             done = watch.look(executor.waiting())
             if done == share.count:
