@@ -1,4 +1,4 @@
-"""Two hosts on NFS, for real: `make test-nfs`, or `python -m tests.faults.nfs.run [--cache DIR] [--versions 3 4.2]`.
+"""Two hosts on NFS, for real: `make test-nfs`, or `python -m tests.faults.nfs [--cache DIR] [--versions 3 4.2]`.
 
 Boots a server and two clients, tries what DESIGN promises of network file systems, by NFS 3 and 4.2, and prints a
 table. Exit 1 where a row was lost, a claim had two winners or a mutant went unnoticed; 2 where it cannot run here.
