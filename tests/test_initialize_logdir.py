@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from datamodels.store import Store
 from tests.jobs import DESIGN, ROOT, finish, plain
 
 
@@ -80,4 +81,41 @@ def test_what_cannot_be_used_is_one_line(tmp_path, initialise, argv, text, code,
     assert (end, out) == (code, "")
     assert err.startswith("error: ") and err.count("\n") == 1
     assert message in err
+    assert not (tmp_path / "store").exists()
+
+
+# ------------------------------------------------------------------ keys that measurements bring
+
+
+def test_measurements_become_keys_of_the_schema(tmp_path, initialise):
+    spec = {
+        "schema": {"log_me": {"shape": [], "dtype": "float32"}},
+        "measurements": {"names": ["log_me", "num_params"]},
+        "design": [{"role": "train", "seed": 0, "count": 2, "choices": {"dataset": ["a", "b"]}}],
+    }
+    code, out, err = initialise(*ARGV, spec=spec)
+    assert (code, err) == (0, "")
+    assert "num_params.npy  float64 [2], optional" in out and "log_me.npy  float32 [2]\n" in out  # its own entry wins
+    with Store.open(tmp_path / "store") as store:
+        assert store.spec.measurements == {"names": ("log_me", "num_params")}
+        assert store.spec.schema["num_params"].role == "property" and store.spec.schema["num_params"].allow_nonfinite
+        assert {"seconds_log_me", "seconds_inference"} <= set(store.spec.schema)
+
+
+@pytest.mark.parametrize(
+    ("measurements", "choices", "why"),
+    [
+        ({"names": ["log_you"]}, {"dataset": ["a"]}, "log_you"),
+        ({"names": ["log_me"], "on": ["a/test"]}, {"dataset": ["a"]}, "the design has a factor `dataset`"),
+        ({"names": "log_me"}, {"dataset": ["a"]}, "measurements, names: expected a list of names, got 'log_me'"),
+        ({"names": ["log_me", "log_me"]}, {"dataset": ["a"]}, "a name stands there twice"),
+        ({"on": ["a/test"]}, {"model": ["a"]}, "measurements: names is missing"),
+        ({"names": ["log_me"], "over": ["a"]}, {"model": ["a"]}, "unknown key 'over'"),
+        (["log_me"], {"model": ["a"]}, 'measurements: expected {"names"'),
+    ],
+)
+def test_measurements_that_mean_nothing_are_refused(tmp_path, initialise, measurements, choices, why):
+    design = [{"role": "train", "seed": 0, "count": 1, "choices": choices}]
+    code, _, err = initialise(*ARGV, spec={"measurements": measurements, "design": design})
+    assert code == 1 and "spec.json: " in err and why in err and err.count("\n") == 1
     assert not (tmp_path / "store").exists()
