@@ -30,7 +30,7 @@ from torch import nn
 
 from datamodels import files
 from datamodels.errors import MeasurementError
-from datamodels.learning import checkpoints
+from datamodels.learning import foreign
 from datamodels.learning.models import Seeded
 from datamodels.measurements.datasets import ImageFiles
 from datamodels.measurements.library import attribute, parse
@@ -125,6 +125,9 @@ def load(
 class Module(Answer):
     """Any torch module whose last linear layer is its head; given mean and deviation, images are normalised first."""
 
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
     def __init__(self, model: nn.Module, name: str, mean: Sequence[float] = (), deviation: Sequence[float] = ()):
         super().__init__()
         self.model, self.name = model, name
@@ -182,13 +185,7 @@ def from_factory(
     if not isinstance(model, nn.Module):
         raise MeasurementError(f"model {name!r}: expected a torch module from its function, got {type(model).__name__}")
     if checkpoint is not None:
-        state = checkpoints.load(checkpoint)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise MeasurementError(
-                f"model {name!r}: checkpoint {checkpoint} does not fit the module: {error}"
-            ) from None
+        foreign.fill(model, foreign.read(checkpoint))
     return Backbone(name, Module(model, name), getattr(model, "prepare", _arrays))
 
 

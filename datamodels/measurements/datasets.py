@@ -170,7 +170,7 @@ def load(name: str, split: str) -> Examples:
     if form in data.NAMES:
         return _from_learning(name, form, rest or None, split, options)
     if form == "csv":
-        return _csv(name, Path(rest), split, **_known(name, options, "text", "label", "group", "split"))
+        return _csv(name, Path(rest), split, _known(name, options, "text", "label", "group", "split"))
     if form == "folder":
         return _folder(name, Path(rest), split, **_known(name, options, "size"))
     if "." in where and all(part.isidentifier() for part in where.split(".")):
@@ -201,11 +201,9 @@ def _from_learning(name: str, form: str, folder: str | None, split: str, options
     return Examples(name, "image", inputs, labels, tuple(map(str, range(loaded.num_classes))), np.arange(len(labels)))
 
 
-def _csv(
-    name: str, path: Path, split: str, text: Any = None, label: Any = None, group: Any = None, **columns: Any
-) -> Examples:
+def _csv(name: str, path: Path, split: str, columns: Mapping[str, Any]) -> Examples:
     """Rows of a CSV file with a header."""
-    split_by = columns.get("split")
+    text, label, group, split_by = (columns.get(what) for what in ("text", "label", "group", "split"))
     if text is None or label is None:
         raise MeasurementError(
             f"{name}: expected the columns of texts and labels, as in csv:FILE?text=body&label=topic"

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from datamodels.errors import MeasurementError
 from datamodels.measurements.backbones import Answer, Backbone, installed, pictures
@@ -50,11 +49,11 @@ def _classes(config: Any, has_head: bool) -> tuple[str, ...] | None:
 
 
 class Transformer(Answer):
-    """A transformer, its hidden states pooled; fields of a batch as `fields` names them."""
+    """A transformer, its last hidden states pooled."""
 
-    def __init__(self, model: nn.Module, pooling: str):
+    def __init__(self, model: Any, pooling: str):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.first = pooling == "cls"
 
     def arguments(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -85,7 +84,7 @@ class Transformer(Answer):
 class Texts(Transformer):
     """Takes tokens (n, fields, length), int64: `input_ids`, the mask, and token types where the model has them."""
 
-    def __init__(self, model: nn.Module, pooling: str, fields: tuple[str, ...]):
+    def __init__(self, model: Any, pooling: str, fields: tuple[str, ...]):
         super().__init__(model, pooling)
         self.fields = fields
 
@@ -93,7 +92,7 @@ class Texts(Transformer):
         return dict(zip(self.fields, batch.unbind(1), strict=True))
 
 
-def _of_texts(name: str, model: nn.Module, tokenizer: Any, pooling: str, max_length: int) -> tuple[Answer, Any]:
+def _of_texts(name: str, model: Any, tokenizer: Any, pooling: str, max_length: int) -> tuple[Answer, Any]:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise MeasurementError(f"model {name!r}: its tokenizer has no token to pad with; give it a pad_token")
@@ -112,7 +111,7 @@ def _of_texts(name: str, model: nn.Module, tokenizer: Any, pooling: str, max_len
     return Texts(model, "cls" if pooling == "cls" else "mean", fields), prepare
 
 
-def _positions(model: nn.Module) -> int:
+def _positions(model: Any) -> int:
     """How many tokens the model has position embeddings for; those of RoBERTa begin behind the padding's."""
     longest = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     for name, module in model.named_modules():
@@ -124,7 +123,10 @@ def _positions(model: nn.Module) -> int:
 class Images(Transformer):
     """Takes pixels (n, 3, h, w) in [0, 1], as the image processor makes them up to its normalisation, done here."""
 
-    def __init__(self, model: nn.Module, pooling: str, mean: list[float], deviation: list[float]):
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, model: Any, pooling: str, mean: list[float], deviation: list[float]):
         super().__init__(model, pooling)
         for key, values in (("mean", mean), ("deviation", deviation)):
             self.register_buffer(key, torch.tensor(values)[:, None, None], persistent=False)
@@ -133,7 +135,7 @@ class Images(Transformer):
         return {"pixel_values": (batch - self.mean) / self.deviation}
 
 
-def _of_images(model: nn.Module, processor: Any, pooling: str) -> tuple[Answer, Any]:
+def _of_images(model: Any, processor: Any, pooling: str) -> tuple[Answer, Any]:
     normalises = getattr(processor, "do_normalize", False)
     mean, deviation = (processor.image_mean, processor.image_std) if normalises else ([0.0] * 3, [1.0] * 3)
     if pooling == "auto":

@@ -1,0 +1,278 @@
+"""Properties against closed forms and dense computations."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from datamodels.errors import MeasurementError
+from datamodels.measurements import properties
+
+RNG = np.random.default_rng(0)
+FEATURES = RNG.standard_normal((60, 7)) @ np.diag([5, 3, 1, 1, 0.5, 0.1, 0.1]) + 2
+IMAGES = RNG.random((60, 1, 6, 6)).astype(np.float32)
+
+
+def orthogonal(d):
+    return np.linalg.qr(np.random.default_rng(1).standard_normal((d, d)))[0]
+
+
+# --------------------------------------------------------------------------------------------------------- norms
+
+
+def test_weight_norms():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 5))
+    found = properties.weight_norms(model)
+    values = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
+    assert found["l2"] == pytest.approx(np.linalg.norm(values), rel=1e-6)
+    assert found["rms"] == pytest.approx(np.sqrt((values**2).mean()), rel=1e-6)
+    largest = [np.linalg.svd(p.detach().numpy().reshape(len(p), -1))[1][0] for p in (model[0].weight, model[2].weight)]
+    assert found["spectral"] == pytest.approx(max(largest), rel=1e-5)
+    with pytest.raises(MeasurementError, match="no parameters"):
+        properties.weight_norms(nn.ReLU())
+
+
+# ------------------------------------------------------------------------------------------------------ geometry
+
+
+def test_effective_rank_of_equal_singular_values_is_their_number():
+    basis = np.linalg.qr(RNG.standard_normal((40, 6)) - 0)[0]
+    basis = np.linalg.qr(basis - basis.mean(0))[0]
+    assert properties.effective_rank(basis[:, :4] * 3) == pytest.approx(4, rel=1e-9)
+
+
+def test_effective_rank_of_two_known_singular_values():
+    """Values 3 and 1: p = ¾, ¼, so exp(¾ ln 4/3 + ¼ ln 4)."""
+    basis = np.linalg.qr(RNG.standard_normal((40, 2)))[0]
+    basis = np.linalg.qr(basis - basis.mean(0))[0]
+    expected = np.exp(0.75 * np.log(4 / 3) + 0.25 * np.log(4))
+    assert properties.effective_rank(basis * [3, 1] + 7) == pytest.approx(expected, rel=1e-9)
+
+
+def test_effective_rank_knows_no_rotation_scale_or_shift():
+    once = properties.effective_rank(FEATURES)
+    assert properties.effective_rank(100 * FEATURES @ orthogonal(7) - 3) == pytest.approx(once, rel=1e-9)
+    with pytest.raises(MeasurementError, match="the same features"):
+        properties.effective_rank(np.full((5, 3), 0.1))
+
+
+def test_anisotropy_is_the_mean_cosine_over_pairs():
+    unit = FEATURES / np.linalg.norm(FEATURES, axis=1, keepdims=True)
+    cosines = (unit @ unit.T)[np.triu_indices(60, 1)]
+    assert properties.anisotropy(FEATURES) == pytest.approx(cosines.mean(), rel=1e-12)
+    assert properties.anisotropy(np.array([[1.0, 0], [5, 0], [2, 0]])) == pytest.approx(1)
+    assert properties.anisotropy(np.array([[1.0, 0], [-3, 0]])) == pytest.approx(-1)
+    with pytest.raises(MeasurementError, match="none with features that are all 0"):
+        properties.anisotropy(np.array([[1.0, 0], [0, 0]]))
+
+
+# ---------------------------------------------------------------------------------------------------- symmetries
+
+
+def pixels(images):
+    """Features that are the pixels: every transformation is a linear map of them, and none leaves them alone."""
+    return images.reshape(len(images), -1).astype(float)
+
+
+def sums(images):
+    """Features that do not see where a pixel is."""
+    return np.stack([images.sum((1, 2, 3)), (images**2).sum((1, 2, 3))], 1).astype(float)
+
+
+def columns(images):
+    """Features that a flip or shift permutes, and a rotation mixes with what they do not tell."""
+    return images.sum((1, 2)).astype(float)
+
+
+def test_invariance():
+    found = properties.invariance(sums, IMAGES, sums(IMAGES))
+    assert found == pytest.approx({"flip": 1, "shift": 1, "rotation": 1}, abs=1e-9)
+    # the pixels are independent: a flipped image is as far as any other
+    found = properties.invariance(pixels, IMAGES, pixels(IMAGES))
+    assert found == pytest.approx({"flip": 0, "shift": 0, "rotation": 0}, abs=0.1)
+
+
+def test_invariance_of_known_distances():
+    """f(Tx) = f(x) + (1, 0, …): 1 − 1 / the mean squared distance of two examples."""
+    f = pixels(IMAGES)
+    shifted = f + np.eye(36)[0]
+    pairs = ((f[:, None] - f[None]) ** 2).sum(2)
+    spread = pairs[~np.eye(60, dtype=bool)].mean()
+    found = properties.invariance(lambda images: shifted, IMAGES, f, transformations="flip")
+    assert found["flip"] == pytest.approx(1 - 1 / spread, rel=1e-9)
+
+
+def test_equivariance():
+    many = RNG.random((200, 1, 6, 6)).astype(np.float32)
+    found = properties.equivariance(pixels, many, pixels(many))
+    assert found == pytest.approx({"flip": 1, "shift": 1, "rotation": 1}, abs=1e-3)
+    found = properties.equivariance(columns, many, columns(many))
+    assert found["flip"] == pytest.approx(1, abs=1e-3)
+    assert found["shift"] == pytest.approx(1, abs=1e-3)
+    assert found["rotation"] < 0.3  # the rows' sums: of the columns' they have only the total in common
+
+
+def test_equivariance_is_measured_on_what_did_not_fit_the_map():
+    noise = np.random.default_rng(5).standard_normal((60, 40))
+    found = properties.equivariance(lambda images: noise[::-1].copy(), IMAGES, noise, transformations="flip")
+    assert found["flip"] < 0.1  # 30 examples of 40 features fit anything
+
+
+def test_transformations_are_what_their_names_say():
+    image = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    t = properties.TRANSFORMATIONS
+    assert t["flip"](image)[0, 0, 0].tolist() == [3, 2, 1, 0]
+    assert t["shift"](image)[0, 0, 0].tolist() == [3, 0, 1, 2]
+    assert t["rotation"](image)[0, 0, 0].tolist() == [3, 7, 11, 15]
+    assert t["invert"](image)[0, 0, 0].tolist() == [1, 0, -1, -2]
+
+
+def test_a_users_transformation(tmp_path, monkeypatch):
+    (tmp_path / "users_moves.py").write_text(
+        "def same(images): return images\ndef cut(images): return images[:, :, 1:]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    measured = properties.invariance
+    assert measured.columns(transformations=["flip", "users_moves.same"]) == {"flip": (), "same": ()}
+    found = measured(pixels, IMAGES, pixels(IMAGES), transformations=["flip", "users_moves.same"])
+    assert found["same"] == 1 and found["flip"] < 0.2
+    for name, says in (("users_moves.cut", "became"), ("turn", "there is no transformation 'turn'")):
+        with pytest.raises(MeasurementError, match=says):
+            measured(pixels, IMAGES, pixels(IMAGES), transformations=name)
+
+
+@pytest.mark.parametrize("measured", [properties.invariance, properties.equivariance])
+def test_texts_cannot_be_transformed(measured):
+    with pytest.raises(MeasurementError, match="expected images"):
+        measured(pixels, ["a text"] * 60, FEATURES)
+
+
+# ----------------------------------------------------------------------------------------------------- sharpness
+
+
+def small_net(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    return model, (torch.randn(50, 4).double(), torch.randint(3, (50,)))
+
+
+def dense(model, data, loss_fn):
+    """Eigenvalues of the Hessian, in one matrix."""
+    names = dict(model.named_parameters())
+    flat = torch.cat([p.detach().flatten() for p in names.values()])
+
+    def loss(vector):
+        parts = vector.split([p.numel() for p in names.values()])
+        given = {name: part.view_as(p) for (name, p), part in zip(names.items(), parts, strict=True)}
+        return loss_fn(torch.func.functional_call(model, given, (data[0],)), data[1])
+
+    return torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, flat)).numpy()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sharpness_is_the_largest_eigenvalue_of_the_dense_hessian(seed):
+    model, data = small_net(seed)
+    expected = dense(model, data, functional.cross_entropy).max()
+    found = properties.sharpness(model, data, functional.cross_entropy, seed=seed, batch_size=16, tolerance=1e-3)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Weights(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(d, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.w
+
+
+@pytest.mark.parametrize(
+    ("curvature", "largest"), [([-5, 2, 1], 2), ([7, -5, 1], 7), ([-5, -2, -1], -1), ([0, 0, 0], 0)]
+)
+def test_sharpness_is_the_largest_not_the_one_of_largest_size(curvature, largest):
+    data = (torch.ones(6, 3).double(), torch.zeros(6, dtype=torch.int64))
+    a = torch.tensor(curvature).double()
+    found = properties.sharpness(Weights(3), data, lambda out, _: (a * out**2).sum(1).mean() / 2, tolerance=1e-4)
+    assert found == pytest.approx(largest, rel=1e-3, abs=1e-9)
+
+
+def test_sharpness_says_where_it_did_not_get():
+    model, data = small_net()
+    with pytest.raises(MeasurementError, match="after 2 products"):
+        properties.sharpness(model, data, functional.cross_entropy, iterations=2, tolerance=1e-6)
+    with pytest.raises(MeasurementError, match="not finite"):
+        properties.sharpness(model, (data[0] * torch.inf, data[1]), functional.cross_entropy)
+    model.requires_grad_(False)
+    with pytest.raises(MeasurementError, match="no parameter"):
+        properties.sharpness(model, data, functional.cross_entropy)
+
+
+def test_sharpness_looks_at_the_first_examples():
+    model, data = small_net()
+    expected = dense(model, (data[0][:20], data[1][:20]), functional.cross_entropy).max()
+    found = properties.sharpness(model, data, functional.cross_entropy, examples=20, tolerance=1e-3)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------- disentanglement
+
+FACTORS = np.stack(np.meshgrid(range(4), range(5), range(3), indexing="ij"), -1).reshape(-1, 3)
+
+
+def test_disentangled_codes_give_one_and_rotated_ones_less():
+    codes = FACTORS * [2.0, -1, 7] + 1
+    assert properties.disentanglement(codes, FACTORS) == pytest.approx(1)
+    assert properties.disentanglement(codes[:, ::-1], FACTORS) == pytest.approx(
+        1
+    )  # which code is which does not matter
+    rotated = properties.disentanglement(codes @ orthogonal(3), FACTORS)
+    assert rotated < 0.5
+    doubled = properties.disentanglement(np.repeat(codes, 2, axis=1), FACTORS)
+    assert doubled == pytest.approx(0, abs=1e-12)  # each factor is told twice
+
+
+def test_disentanglement_of_codes_that_tell_half():
+    """z₁ says whether v is below 2 of its 4 equal levels, z₂ nothing: (ln 2 − 0) / ln 4 = ½."""
+    v = np.tile(np.arange(4), 25)[:, None]
+    codes = np.stack([v[:, 0] < 2, np.repeat(np.arange(25), 4) % 5], 1).astype(float)
+    assert properties.disentanglement(codes, v) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("factors", "says"),
+    [(np.zeros((60, 1)), "has the same value"), (np.arange(60)[:, None], "expected a few levels each")],
+)
+def test_factors_that_say_nothing(factors, says):
+    with pytest.raises(MeasurementError, match=says):
+        properties.disentanglement(FEATURES, factors)
+
+
+# ------------------------------------------------------------------------------------------------------------ llc
+
+
+def test_llc_of_a_quadratic():
+    """½ a nβ / (H (1 − h/4)) per direction, H = a nβ + γ, h = εH: SGLD's own stationary variance, nβ = n / ln n."""
+    n, gamma, step = 1000, 100.0, 0.3
+    data = (torch.zeros(n, 4), torch.zeros(n, dtype=torch.int64))
+
+    class Away(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x):
+            return x + self.w
+
+    a = torch.tensor([2.0, 1.0, 0.5, 0.1])
+    found = properties.llc(Away(), data, lambda out, _: (a * out**2).sum(1).mean() / 2, draws=1500)
+    nbeta = n / np.log(n)
+    h = a.numpy() * nbeta + gamma
+    expected = (0.5 * a.numpy() * nbeta / (h * (1 - step * h / h.max() / 4))).sum()
+    assert found["n"] == n and found["nbeta"] == pytest.approx(nbeta)
+    assert found["trusted"] == 1
+    assert found["se"] < 0.05 * expected
+    assert abs(found[""] - expected) < 4 * found["se"]
+    assert 0.9 < found["acceptance"] < 1
+    assert found["rhat"] < 1.1
