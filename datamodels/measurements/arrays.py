@@ -34,19 +34,13 @@ class Labels:
     def num_classes(self) -> int:
         return len(self.counts)
 
-    def sums(self, blocks: Iterator[tuple[slice, np.ndarray]]) -> np.ndarray:
-        """(c, m): the sum of the rows (n, m) of each class, from blocks of rows."""
-        total: Any = 0
-        for rows, block in blocks:
-            total = total + self.indicator(rows) @ block
-        return np.asarray(total)
-
-    def indicator(self, rows: slice) -> Any:
-        """(c, rows), sparse: 1 where the row is of the class."""
+    def indicator(self, rows: slice, weights: np.ndarray | None = None) -> Any:
+        """(c, rows), sparse: 1, or the row's weight, where the row is of the class."""
         from scipy.sparse import csr_array
 
         codes = self.codes[rows]
-        return csr_array((np.ones(len(codes)), (codes, np.arange(len(codes)))), shape=(self.num_classes, len(codes)))
+        values = np.ones(len(codes)) if weights is None else weights
+        return csr_array((values, (codes, np.arange(len(codes)))), shape=(self.num_classes, len(codes)))
 
 
 def encode(labels: Any, where: str, name: str = "labels", *, num: int | None = None, least: int = 2) -> Labels:

@@ -7,6 +7,7 @@ caller for whom the smallest directions matter takes `exact`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,7 @@ def exact(features: Features, labels: Labels) -> Spectrum:
         # cannot reach of y is C's column.
         triangle = np.zeros((0, d + labels.num_classes))
         for stacked in _stacks(features, labels, triangle.shape[1]):
-            triangle = np.linalg.qr(np.vstack([triangle, stacked]), mode="r")
+            triangle = np.asarray(np.linalg.qr(np.vstack([triangle, stacked]), mode="r"))
         left, values, _ = np.linalg.svd(triangle[:d, :d], full_matrices=False)
         every = (triangle[:d, d:].T @ left) ** 2
         beyond = (triangle[d:, d:] ** 2).sum(axis=0)
@@ -82,7 +83,7 @@ def exact(features: Features, labels: Labels) -> Spectrum:
     return Spectrum(n, d, values[order] ** 2, every[:, order], rest, float(values[-1]) ** 2)
 
 
-def _stacks(features: Features, labels: Labels, width: int):
+def _stacks(features: Features, labels: Labels, width: int) -> Iterator[np.ndarray]:
     """[F Y] in stacks of at least four times its width of rows, for which one more triangle is little work."""
     parts: list[np.ndarray] = []
     for rows, block in features.rows():

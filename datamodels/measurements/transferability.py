@@ -53,7 +53,7 @@ def log_me(features: Any, labels: Any) -> float:
     checked = check_features(features, where)
     n, d = checked.shape
     classes = encode(labels, where, num=n)
-    _warn_small(where, n, classes, d, "the evidence is then mostly of the prior")
+    _warn_small(where, n, classes, 4 * d, f"until n is a few times the {d} features, the evidence mostly rises with n")
     found = spectrum.by_gram(checked, classes)
     value, trusted = _evidence(found, classes.counts)
     if not trusted:
@@ -125,26 +125,23 @@ def leep(probabilities: Any, labels: Any) -> float:
     _warn_small(where, n, classes)
     step = max(1, BLOCK_BYTES // (8 * z))
     blocks = [slice(first, min(first + step, n)) for first in range(0, n, step)]
-
-    def block(rows: slice) -> np.ndarray:
+    total, joint = np.empty(n), np.zeros((classes.num_classes, z))
+    for rows in blocks:
         theta = checked.values[rows].astype(np.float64)
-        total = theta.sum(axis=1, keepdims=True)
-        if theta.min() < 0 or np.abs(total - 1).max() > 0.01:
-            row = int(np.argmax((theta < 0).any(axis=1) | (np.abs(total[:, 0] - 1) > 0.01)))
+        total[rows] = theta.sum(axis=1)
+        if theta.min() < 0 or np.abs(total[rows] - 1).max() > 0.01:
+            row = int(np.argmax((theta < 0).any(axis=1) | (np.abs(total[rows] - 1) > 0.01)))
             raise MeasurementError(
                 f"{where}: expected probabilities of at least 0 whose rows sum to 1; row {rows.start + row} sums to "
-                f"{total[row, 0]:.6g}, its least is {theta[row].min():.6g}; take the softmax of the logits"
+                f"{theta[row].sum():.6g}, its least is {theta[row].min():.6g}; take the softmax of the logits"
             )
-        theta /= total
-        return theta
-
-    joint = classes.sums((rows, block(rows)) for rows in blocks)
+        joint += classes.indicator(rows, 1 / total[rows]) @ theta
     mass = joint.sum(axis=0)
     conditional = joint / np.where(mass > 0, mass, 1)
-    total = 0.0
+    expected = np.empty(n)
     for rows in blocks:
-        total += np.log(np.einsum("iz,iz->i", block(rows), conditional[classes.codes[rows]])).sum()
-    return float(total / n)
+        expected[rows] = np.einsum("iz,iz->i", checked.values[rows], conditional[classes.codes[rows]])
+    return float(np.log(expected / total).mean())
 
 
 def nce(source_labels: Any, labels: Any) -> float:
@@ -225,7 +222,8 @@ def parc(features: Any, labels: Any, *, dims: int | None = 32, scale: bool = Tru
     lower rank, and each has the sign that makes its largest score positive; so features may be rotated or multiplied.
 
     features: (n, d). labels: (n,). All n(n − 1)/2 pairs count, in n²/2 steps and little memory: correlations of
-    features closer than 5e-7 are ties. An example whose features are all equal correlates 0 with every other.
+    features are ties when they are closer than 5e-7, beyond 5,000 examples 2e-5. An example whose features are all
+    equal correlates 0 with every other.
     """
     from datamodels.measurements.pairs import histograms
 
@@ -250,8 +248,9 @@ def parc(features: Any, labels: Any, *, dims: int | None = 32, scale: bool = Tru
     same, different = histograms(values, classes.codes)
     # With one-hot labels a pair's second distance has two values, so that Spearman's coefficient is Pearson's between
     # the (mid)rank of the first and 0 or 1.
-    filled = np.flatnonzero(same + different)[::-1]
-    every, apart = (same + different)[filled].astype(np.float64), different[filled].astype(np.float64)
+    filled = np.flatnonzero(same | different)[::-1]
+    apart = different[filled].astype(np.float64)
+    every = same[filled] + apart
     pairs = every.sum()
     rank = every.cumsum() - (every - 1) / 2 - (pairs + 1) / 2
     spread = (every * rank**2).sum()

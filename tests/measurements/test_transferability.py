@@ -301,6 +301,15 @@ def test_parc_in_several_blocks(monkeypatch):
     assert parc(features, labels) == pytest.approx(expected, abs=1e-9)
 
 
+def test_parc_with_coarse_bins_for_many_examples(monkeypatch):
+    from datamodels.measurements import pairs
+
+    features, labels = clusters(2_000, 10, 3)
+    expected = parc(features, labels)
+    monkeypatch.setattr(pairs, "MANY", 1_000)
+    assert parc(features, labels) == pytest.approx(expected, abs=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------------- linear probe
 
 
@@ -593,7 +602,7 @@ def test_no_metric_is_ever_nan(data):
     ("call", "few", "enough", "message"),
     [
         (lambda n: log_me(*clusters(n, 5)), 30, 40, "30 examples of 4 classes; use at least 40"),
-        (lambda n: log_me(*clusters(n, 60)), 59, 60, "59 examples of 4 classes; use at least 60"),
+        (lambda n: log_me(*clusters(n, 60)), 239, 240, "239 examples of 4 classes; use at least 240"),
         (lambda n: h_score(*clusters(n, 12)), 119, 120, "take shrinkage=True"),
         (lambda n: h_score(*clusters(n, 12), shrinkage=True), 39, 40, "use at least 40"),
         (lambda n: parc(*clusters(n, 12)), 39, 40, "use at least 40"),
