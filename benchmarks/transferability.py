@@ -217,7 +217,7 @@ def compare(case: Case, data: Data, repeats: int) -> None:
             others.append(taken)
     ratio = f"{statistics.median(others) / statistics.median(mine):.3g}x" if others else "-"
     print(
-        f"  {case.name:16} {seconds(mine):>22}  {case.theirs:>20} {seconds(others):>22}  {ratio:>7}"
+        f"  {case.name:16} {seconds(mine):>25}  {case.theirs:>20} {seconds(others):>25}  {ratio:>7}"
         f"   {value:>12.7g} {other:>12.7g}",
         flush=True,
     )
@@ -303,16 +303,14 @@ def main() -> None:
     print(f"{datetime.date.today()}  {machine()}, load average {os.getloadavg()[0]:.1f}")
     versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "scipy", "scikit-learn", "numba"))
     print(f"Python {platform.python_version()}, {versions}")
-    print(
-        f"CPU seconds of one thread, medians of n={args.repeats} (least–most); ratio: theirs / ours; {CLASSES} classes, float32"
-    )
+    print(f"CPU seconds of one thread, medians of n={args.repeats} (least–most); ratio: theirs / ours; float32")
     for case in chosen:
         for run in filter(None, (case.run, case.reference)):
             run(draw(400, 40))
     for n, d in QUICK if args.quick else SIZES:
         data = draw(n, d)
         print(f"\nn={n:,}, d={d:,}; leep and nce: {SOURCES:,} source classes")
-        print(f"  {'':16} {'ours':>22}  {'':>20} {'theirs':>22}  {'ratio':>7}   {'ours':>12} {'theirs':>12}")
+        print(f"  {'':16} {'ours':>25}  {'':>20} {'theirs':>25}  {'ratio':>7}   {'ours':>12} {'theirs':>12}")
         for case in chosen:
             compare(case, data, args.repeats)
     if args.reference is not None and not args.only:
