@@ -1,0 +1,54 @@
+"""Which property of a model goes with which benefit: python -m examples.interplay.run
+
+Trains 128 small networks that differ in width, length of training, learning rate, weight decay, label smoothing and
+noise; measures properties of each on its training digits (norms, sharpness, the local learning coefficient, geometry
+of its features) and benefits on others (accuracy, calibration, robustness); then fits the one to the other. Every step
+is a command that is printed before it runs. Stop it anywhere and run it again: it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+SPEC, OUT = Path("examples/interplay/spec.json"), Path("out/interplay")
+# nll on the training digits is how well a model fits, no benefit; and what a benefit is made of is no property.
+PROPERTIES = "weight_norms_*,digits_train_effective_rank,digits_train_anisotropy,digits_train_invariance_*," \
+    "digits_train_sharpness,digits_train_llc,digits_train_nll"  # fmt: skip
+BENEFITS = "digits_test_accuracy,digits_test_nll,digits_test_calibration_error,digits_test_corruption_*," \
+    "digits_test_adversarial,*_accuracy_drop"  # fmt: skip
+
+
+def main(spec: Path = SPEC, out: Path = OUT, options: Sequence[str] = (), draws: int = 500) -> int:
+    """Run what is not there yet; `options` go to the pool and the worker."""
+    started, store = time.monotonic(), out / "store"
+    step("1. A store: one row per network; its measurements become keys")
+    if not (store / "spec.json").exists():
+        command("datamodels.initialize_logdir", f"--logging.logdir={store}", f"--logging.spec={spec}")
+    step("2. Each row trains its network and measures it")
+    command("datamodels.pool", f"--worker.logdir={store}", "--worker.main_import=examples.interplay.train", *options)
+    step("3. The sparse regression from properties to benefits, with intervals")
+    command("datamodels.evaluation.effects", str(store), f"--properties={PROPERTIES}", f"--benefits={BENEFITS}",
+            f"--draws={draws}", f"--plot={out / 'effects.png'}")  # fmt: skip
+    print(f"\nDone in {time.monotonic() - started:.0f} s. Remove {out} to start over.")
+    return 0
+
+
+def step(title: str) -> None:
+    print(f"\n{title}", flush=True)
+
+
+def command(module: str, *options: str) -> None:
+    """Run `python -m module …`, shown; end this script where it fails."""
+    print(f"   $ python -m {shlex.join([module, *options])}", flush=True)
+    code = subprocess.run([sys.executable, "-m", module, *options], check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Effects of properties on benefits: what is planted is found, what is not is not, and what is missing is named."""
+
+import json
+
+import numpy as np
+import pytest
+
+from datamodels import cli
+from datamodels.errors import DatamodelsError
+from datamodels.evaluation import effects
+from datamodels.evaluation.effects import __main__ as command
+from datamodels.store import Store
+
+
+def planted(n=150, seed=0):
+    """Six properties and three benefits: one of the first alone, one of two others, one of nothing."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 6)) * [1, 100, 1e-3, 1, 1, 1] + 5
+    z = (x - x.mean(0)) / x.std(0)
+    y = np.stack(
+        [z[:, 0] + rng.normal(size=n), 3 * (z[:, 2] - 0.5 * z[:, 1]) + rng.normal(size=n), rng.normal(size=n)], 1
+    )
+    return x, y, z
+
+
+def test_what_was_planted_is_found_and_nothing_else():
+    x, y, z = planted()
+    found = effects.estimate(x, y, draws=60)
+    assert np.argwhere(found.clear).tolist() == [[0, 0], [1, 1], [2, 1]]
+    assert found.value[0, 0] > 0 > found.value[1, 1] and found.value[2, 1] > 0
+    # near orthogonal columns: the lasso's weight is that of least squares, less the shrinkage
+    least_squares = np.linalg.lstsq(z, (y - y.mean(0)) / y.std(0), rcond=None)[0]
+    shrunk = (np.abs(least_squares) - np.abs(found.value))[found.clear]
+    assert shrunk.min() > 0 and shrunk.max() < 0.2
+    assert (np.sign(found.value) == np.sign(least_squares))[found.clear].all()
+    assert (found.low <= found.value + 0.02).all() and (found.value - 0.02 <= found.high).all()
+    assert found.r2[1] > 0.85 and found.r2[2] < 0.05 and abs(found.r2[0] - 0.5) < 0.12
+    assert (found.chosen[[0, 2], [0, 1]] == 1).all() and found.models == found.groups == 150
+
+
+def test_units_do_not_matter_and_spearman_is_scipys():
+    from scipy.stats import spearmanr
+
+    x, y, _ = planted()
+    a = effects.estimate(x, y, draws=5)
+    b = effects.estimate(1e4 * x - 3, -1e-5 * y, draws=5)
+    assert np.allclose(a.value, -b.value, atol=1e-4) and np.allclose(a.low, -b.high, atol=1e-4)
+    assert np.allclose(a.correlation, spearmanr(x, y).statistic[:6, 6:])
+
+
+def test_repeats_of_one_choice_are_no_more_models():
+    x, y, _ = planted(n=30)
+    alone = effects.estimate(x, y, draws=60)
+    copied = effects.estimate(np.repeat(x, 8, 0), np.repeat(y, 8, 0), groups=np.repeat(np.arange(30), 8), draws=60)
+    naive = effects.estimate(np.repeat(x, 8, 0), np.repeat(y, 8, 0), draws=60)
+    width = [float(np.mean((f.high - f.low)[[0, 1, 2], [0, 1, 1]])) for f in (alone, copied, naive)]
+    assert (copied.models, copied.groups) == (240, 30)
+    assert 0.7 < width[1] / width[0] < 1.4 and width[2] < 0.6 * width[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda x, y: (x[:9], y[:9]), "expected 10 different models or more, got 9"),
+        (lambda x, y: (np.hstack([x, np.full((150, 1), 7.1)]), y), r"x\[6\] is the same for all 150 models"),
+    ],
+)
+def test_what_cannot_be_estimated(change, why):
+    x, y, _ = planted()
+    with pytest.raises(DatamodelsError, match=why):
+        effects.estimate(*change(x, y), draws=2)
+
+
+# ------------------------------------------------------------------ from a store
+
+
+@pytest.fixture
+def store(tmp_path):
+    number = {"shape": [], "dtype": "float64", "required": False, "allow_nonfinite": True}
+    schema = {
+        "norm": {**number, "role": "property"},
+        "rank": {**number, "shape": [2], "role": "property"},
+        "same": {**number, "role": "property"},
+        "rare": {**number, "role": "property"},
+        "accuracy": {**number, "role": "benefit"},
+        "loss": {**number, "role": "benefit"},
+        "name": {"shape": [], "dtype": "U3", "required": False, "role": "benefit"},
+        "done": {"shape": [], "dtype": "bool"},
+    }
+    design = [{"role": "train", "seed": 0, "repeats": 3, "choices": {"width": list(range(16))}}]
+    x, y, _ = planted(n=48)
+    with Store.create(tmp_path / "store", {"schema": schema, "design": design}) as made:
+        for row in range(47):
+            values = {"done": True, "norm": x[row, 0], "rank": x[row, 1:3], "same": 1.5, "name": "abc"}
+            values |= {"accuracy": y[row, 0] if row != 5 else ValueError("no"), "loss": y[row, 1]}
+            if row == 7:
+                values["norm"] = np.nan
+            if row < 9:
+                values["rare"] = row
+            made.commit_many([row], {key: [value] for key, value in values.items()})
+        yield made
+
+
+def test_the_columns_are_the_roles_and_what_is_left_out_is_named(store):
+    table = effects.read(store)
+    assert table.columns == ("norm", "rank[0]", "rank[1]") and table.targets == ("accuracy", "loss")
+    assert table.rows.tolist() == [row for row in range(47) if row not in (5, 7)]
+    assert table.left_out == (
+        "rare: 38 of 47 rows do not have it",
+        "row 5: has no accuracy",
+        "row 7: has no norm",
+        "same: the same in all rows",
+    )
+    x, y, _ = planted(n=48)
+    assert np.array_equal(table.x, x[table.rows, :3]) and np.array_equal(table.y, y[table.rows, :2])
+    widths = [store.design.assignment(int(row)).choices["width"] for row in table.rows]
+    same = table.groups[:, None] == table.groups[None]
+    assert np.array_equal(same, np.equal.outer(widths, widths)) and len(set(table.groups)) == 16
+
+
+def test_keys_by_pattern_and_mistakes(store):
+    assert effects.read(store, ["r*k", "norm"], ["loss"]).columns == ("rank[0]", "rank[1]", "norm")
+    with pytest.raises(DatamodelsError, match="no number is called 'nrm'; did you mean 'norm'"):
+        effects.read(store, ["nrm"])
+    with pytest.raises(DatamodelsError, match="loss: stands among the properties and among the benefits"):
+        effects.read(store, ["loss", "norm"])
+    with pytest.raises(DatamodelsError, match="nothing varies"):
+        effects.read(store, ["same"])
+
+
+def test_the_command(store, tmp_path, capsys):
+    def run(*more):
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: command.main([str(store.path), "--draws=20", *more]))
+        return end.value.code, *capsys.readouterr()
+
+    code, out, err = run(f"--plot={tmp_path}/effects.png")
+    assert code == 0 and "45 models of 16 different choices, 3 properties" in out
+    assert "left out: row 5: has no accuracy" in err
+    assert (tmp_path / "effects.png").read_bytes().startswith(b"\x89PNG")
+    code, out, _ = run("--json")
+    found = json.loads(out)
+    assert code == 0 and np.array(found["value"]).shape == (3, 2) and found["draws"] == 20
+    assert run("--plot=a.gif")[0] == 2
