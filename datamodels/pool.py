@@ -147,8 +147,9 @@ def run_pool(
         return 128 + interrupted.number
     finally:
         executor.close()
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
+        if not asked:  # else this process is ending, and another Ctrl-C must not change how
+            for stop, handler in before.items():
+                signal.signal(stop, handler)
 
 
 def _stop(executor: Executor, share: Share) -> None:
