@@ -19,7 +19,7 @@ class Effects:
     """What p columns say of T outcomes, all of them in standard deviations over the models.
 
     value (p, T): weights of the lasso, its lambda chosen by validation.  low, high (p, T): the 95 % interval,
-    percentiles of the whole fit on resampled models.  chosen (p, T): the share of resamples in which the weight is not 0.
+    percentiles of the whole fit on resampled models.  chosen (p, T): in what share of them the weight is not 0.
     correlation (p, T): Spearman's, of each pair alone.  r2 (T,): of models that a resample left out; below 0, the
     columns say nothing.
     """
