@@ -65,16 +65,16 @@ def estimate(
     groups = np.arange(len(x)) if groups is None else np.asarray(groups)
     columns = [f"x[{j}]" for j in range(x.shape[1])] if columns is None else columns
     targets = [f"y[{t}]" for t in range(y.shape[1])] if targets is None else targets
-    scaled = [_standardised(values, names) for values, names in ((x, columns), (y, targets))]
+    given, wanted = _standardised(x, columns), _standardised(y, targets)
     names, members = np.unique(groups, return_inverse=True)
     if len(names) < LEAST:
         raise DatamodelsError(f"effects: expected {LEAST} different models or more, got {len(names)}")
 
     weights, errors, seen = [], np.zeros_like(y), np.zeros(len(y))
     for rows, left in _resamples(members, draws, seed):
-        fitted = _fit(scaled[0][rows], scaled[1][rows], members[rows], seed)
+        fitted = _fit(given[rows], wanted[rows], members[rows], seed)
         weights.append(fitted.weight)
-        errors[left] += (fitted.predict(scaled[0][left]) - scaled[1][left]) ** 2
+        errors[left] += (fitted.predict(given[left]) - wanted[left]) ** 2
         seen[left] += 1
         progress(1)
     some = seen > 0
@@ -82,12 +82,12 @@ def estimate(
     return Effects(
         columns=tuple(columns),
         targets=tuple(targets),
-        value=_fit(*scaled, members, seed).weight.astype(np.float64),
+        value=_fit(given, wanted, members, seed).weight.astype(np.float64),
         low=low,
         high=high,
         chosen=np.mean(np.array(weights) != 0, axis=0),
         correlation=_spearman(x, y),
-        r2=1 - (errors[some] / seen[some, None]).mean(axis=0) / scaled[1][some].var(axis=0),
+        r2=1 - (errors[some] / seen[some, None]).mean(axis=0) / wanted[some].var(axis=0),
         models=len(x),
         groups=len(names),
         draws=draws,
