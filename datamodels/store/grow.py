@@ -12,7 +12,7 @@ import glob
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def grow(
         if not isinstance(block, Mapping):
             raise SpecError(f'block: expected one block of a design, {{"masks": …, …}}, got {block!r}')
         entry = {"seed": _fresh_seed(old.design), **_from_folder(block, folder)}
-        resolved = resolve(Spec(num_models, old.schema, (*old.design, entry)), store.path)
+        resolved = resolve(replace(old, num_models=num_models, design=(*old.design, entry)), store.path)
         count = len(old.design)
         if resolved.spec.design is None or resolved.spec.design[:count] != old.design:
             raise StoreError(f"{store.path}: the design reads as another one than when the store was made; not changed")
@@ -91,7 +91,7 @@ def add_key(path: str | Path, field: Field, *, reserve: bool = True) -> Change:
             raise SpecError(f"key {field.name!r}: rows that are complete do not have it, so it must be optional")
         if field.name in store.spec.schema:
             raise SpecError(f"key {field.name!r}: the store has it already")
-        new = Spec(store.spec.num_models, {**store.spec.schema, field.name: field}, store.spec.design)
+        new = replace(store.spec, schema={**store.spec.schema, field.name: field})
         known = {name for name, _, _ in arrays(store.spec)}
         for name, _, _ in arrays(new):
             if name not in known and (store.path / name).exists():

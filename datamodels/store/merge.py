@@ -139,6 +139,8 @@ def _difference(store: Store, spec: Spec, target: Store) -> str | None:
         for entry, value in mine[key].items():
             if value != theirs[key][entry]:
                 return f"schema, {key!r}, {entry}: {json.dumps(value)} and {json.dumps(theirs[key][entry])}"
+    if spec.measurements != target.spec.measurements:
+        return f"measurements: {_short(spec.measurements)} and {_short(target.spec.measurements)}"
     plain = store.spec.design is None and target.spec.design is None
     for number, (block, other) in enumerate(zip(_blocks(store), _blocks(target), strict=False)):
         if plain:

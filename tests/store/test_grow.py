@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -220,6 +221,32 @@ def test_growing_in_steps_is_growing_at_once(tmp_path_factory, sizes, shape):
     for name in ("x.npy", "_completed.npy", "_keys/x.npy", "spec.json"):
         assert (folder / "steps" / name).read_bytes() == (folder / "once" / name).read_bytes()
     assert (folder / "steps/_rows.npy").stat().st_size == (folder / "once/_rows.npy").stat().st_size
+
+
+CHANGES = {  # what of the spec each is to change
+    "rows": ({"num_models"}, lambda path: grow(path, 20)),
+    "block": ({"num_models", "design"}, lambda path: grow(path, block={"count": 3, "sampler": None})),
+    "key": ({"schema"}, lambda path: add_key(path, EXTRA)),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_everything_else_of_the_spec_stays(tmp_path, kind):
+    whole = {
+        "num_models": 9,
+        "schema": {"y": {"shape": [], "dtype": "int8"}},
+        "design": [{"count": 9, "sampler": None, "seed": 1}],
+        "measurements": {"names": ["leep", "logme"], "on": ["digits/test"]},
+    }
+    assert whole.keys() == {field.name for field in fields(Spec)}, "give the new field a value"
+    if kind == "rows":
+        del whole["design"]
+    path, (changed, change) = tmp_path / "s", CHANGES[kind]
+    Store.create(path, whole, sync=False).close()
+    before = json.loads((path / "spec.json").read_bytes())
+    change(path)
+    after = json.loads((path / "spec.json").read_bytes())
+    assert {name for name in {**before, **after} if before.get(name) != after.get(name)} == changed
 
 
 # ------------------------------------------------------------------------------------ one more key
