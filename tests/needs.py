@@ -91,13 +91,6 @@ def transformers() -> None:
         missing("transformers is not installed; pip install 'datamodels-store[hub]' does that")
 
 
-def image_models() -> None:
-    """timm and torchvision, whose models are measured."""
-    absent = [name for name in ("timm", "torchvision") if importlib.util.find_spec(name) is None]
-    if absent:
-        missing(f"{' and '.join(absent)} not installed; pip install timm torchvision does that")
-
-
 def loop_mounts() -> None:
     """Root, and a kernel that mounts an image file, for file systems that can be cut off their power or run full."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -88,23 +88,29 @@ def main(
     sample_seed = seed if sample_seed is None else sample_seed
     kept = [word.strip() for word in str(labels).split(",") if word.strip()]
 
-    def view(place: str) -> View:
-        examples = _examples(*row.places[place])
-        examples = examples.keep(kept) if kept else examples
+    def examples(place: str) -> Examples:
+        found = _examples(*row.places[place])
+        found = found.keep(kept) if kept else found
         for size in (keep_size, n_samples):
-            examples = examples.sample(size, seed=sample_seed) if size else examples
+            found = found.sample(size, seed=sample_seed) if size else found
         most = SMOKE_BATCHES * config["measure.batch_size"]
-        if smoke and len(examples) > most:
-            examples = examples.sample(most, seed=sample_seed)
+        return found.sample(most, seed=sample_seed) if smoke and len(found) > most else found
+
+    def view(place: str) -> View:
+        made = data[place]
         return View(
-            _backbone(row.model, examples.kind, *_settings()),
-            examples,
+            _backbone(row.model, made.kind, *_settings()),
+            made,
             batch_size=config["measure.batch_size"],
             seed=sample_seed,
-            reference=_backbone(row.reference, examples.kind, *_settings()) if row.reference else None,
+            reference=_backbone(row.reference, made.kind, *_settings()) if row.reference else None,
         )
 
-    views = Views(row.places, view)
+    data, views = Each(row.places, examples), Each(row.places, view)
+    # Without its model, or any data, a row fails as a whole; one data set of several fails by itself.
+    kind = data.first().kind
+    for name in filter(None, (row.model, row.reference)):
+        _backbone(name, kind, *_settings())
     found = library.measure(row.names, views, on=row.on, keys=keys)
     return {**found, **_samples(row, views, keys, config["measure.samples"])}
 
@@ -179,14 +185,14 @@ class Row:
         )
 
 
-class Views(Mapping[str, View]):
-    """A view of the model on each data set, made when it is first asked for; what fails, fails once."""
+class Each(Mapping[str, Any]):
+    """Something for each of several places, made when it is first asked for; what fails, fails once."""
 
-    def __init__(self, places: Mapping[str, Any], make: Callable[[str], View]):
+    def __init__(self, places: Mapping[str, Any], make: Callable[[str], Any]):
         self._places, self._make = places, make
-        self._made: dict[str, View | Exception] = {}
+        self._made: dict[str, Any] = {}
 
-    def __getitem__(self, place: str) -> View:
+    def __getitem__(self, place: str) -> Any:
         if place not in self._places:
             raise KeyError(place)
         if place not in self._made:
@@ -194,10 +200,19 @@ class Views(Mapping[str, View]):
                 self._made[place] = self._make(place)
             except Exception as error:
                 self._made[place] = error
-        made = self._made[place]
-        if isinstance(made, Exception):
-            raise made
-        return made
+        if isinstance(self._made[place], Exception):
+            raise self._made[place]
+        return self._made[place]
+
+    def first(self) -> Any:
+        """The first that can be made; the first error where none can."""
+        errors = []
+        for place in self:
+            try:
+                return self[place]
+            except Exception as error:
+                errors.append(error)
+        raise errors[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -206,7 +221,7 @@ class Views(Mapping[str, View]):
         return len(self._places)
 
 
-def _samples(row: Row, views: Views, keys: Sequence[str], count: int) -> dict[str, Any]:
+def _samples(row: Row, views: Mapping[str, View], keys: Sequence[str], count: int) -> dict[str, Any]:
     """Ids, labels and predicted classes of the first `count` examples of each data set, where such keys are asked."""
     found: dict[str, Any] = {}
     for place in row.places:

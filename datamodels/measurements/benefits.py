@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = 5
 CORRUPTIONS = ("noise", "blur", "contrast")
-# Deviation of the noise, deviation of the blur in pixels of a 32 × 32 image, and what is left of the contrast: those of
-# CIFAR-10-C (Hendrycks & Dietterich 2019) in kind; their noise is weaker there, and their blur is of a disc.
+# After Hendrycks & Dietterich 2019: the noise and contrast that they give ImageNet, the blur of their smaller images.
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)
 BLUR = (0.4, 0.6, 0.7, 0.8, 1.0)
 CONTRAST = (0.4, 0.3, 0.2, 0.1, 0.05)
@@ -136,7 +135,8 @@ def corruption(
 def corrupted(images: np.ndarray, kind: str, strength: int, *, seed: int) -> np.ndarray:
     """Images (n, c, h, w) in [0, 1], float32, corrupted with a strength in [0, 5), clipped to [0, 1].
 
-    `noise`: Gaussian, of deviation NOISE. `blur`: Gaussian, of deviation BLUR · h/32 pixels. `contrast`: each image's
+    `noise`: Gaussian, of deviation NOISE. `blur`: Gaussian, of deviation BLUR pixels, h/32 times as
+    many where h is above 32. `contrast`: each image's
     distance from its mean colour times CONTRAST. The noise is the same for the same seed, at every strength.
     """
     pixels = image_array(images, f"corruption, {kind}")
@@ -146,7 +146,7 @@ def corrupted(images: np.ndarray, kind: str, strength: int, *, seed: int) -> np.
     elif kind == "blur":
         from scipy.ndimage import gaussian_filter
 
-        deviation = BLUR[strength] * pixels.shape[2] / 32
+        deviation = BLUR[strength] * max(1.0, pixels.shape[2] / 32)
         pixels = gaussian_filter(pixels, (0, 0, deviation, deviation), mode="nearest")
     elif kind == "contrast":
         mean = pixels.mean((2, 3), keepdims=True)

@@ -409,8 +409,8 @@ def measure(
         or two to be compared, first and other.
     keys : measure only what fills one of these, and return only these; by default everything.
 
-    A failure is a value and stops nothing else; so are an unmet need, a shape that was not declared, and a result that
-    is not finite unless declared. Raises MeasurementError only for `names` and `on` themselves.
+    A failure is a value, has no time, and stops nothing else; so are an unmet need, a shape that was not declared, and
+    a result that is not finite unless declared. Raises MeasurementError only for `names` and `on` themselves.
     """
     wanted = None if keys is None else set(keys)
     results: dict[str, Any] = {}
@@ -434,7 +434,7 @@ def measure(
 
 
 def _measure(cell: Cell, datasets: tuple[str, ...], views: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The values of a cell's keys; where anything goes wrong the exception, under each of them."""
+    """The values of a cell's keys and its time; where anything goes wrong the exception under each key, and no time."""
     try:
         arguments = _arguments(cell, datasets, views)
         started = time.perf_counter()
@@ -442,7 +442,7 @@ def _measure(cell: Cell, datasets: tuple[str, ...], views: Mapping[str, Mapping[
         seconds = time.perf_counter() - started
         return {**_checked(cell, value), cell.seconds: np.float64(seconds)}
     except Exception as error:
-        return dict.fromkeys((*cell.keys, cell.seconds), error)
+        return dict.fromkeys(cell.keys, error)
 
 
 def _arguments(cell: Cell, datasets: tuple[str, ...], views: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -62,13 +62,16 @@ def effective_rank(features: np.ndarray) -> float:
 
 @measurement()
 def anisotropy(features: np.ndarray) -> float:
-    """Mean cosine between the features of two different examples (Ethayarajh 2019, section 3.1), over all pairs."""
+    """Mean cosine between the features of two different examples (Ethayarajh 2019, section 3.1), over all pairs.
+
+    The cosine with an example whose features are all 0 counts as 0.
+    """
     lengths = np.linalg.norm(features, axis=1, keepdims=True)
-    if len(features) < 2 or not lengths.all():
-        raise MeasurementError("anisotropy: expected two examples or more, none with features that are all 0")
-    total = (features / lengths).sum(0)
-    n = len(features)
-    return float((total @ total - n) / (n * (n - 1)))
+    seen = int((lengths > 0).sum())
+    if len(features) < 2 or not seen:
+        raise MeasurementError("anisotropy: expected two examples or more, and features that are not all 0")
+    total = (features / np.where(lengths > 0, lengths, 1)).sum(0)
+    return float((total @ total - seen) / (len(features) * (len(features) - 1)))
 
 
 def _by_transformation(transformations: Sequence[str] | str, **_: Any) -> dict[str, tuple[int, ...]]:

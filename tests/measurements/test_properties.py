@@ -63,8 +63,9 @@ def test_anisotropy_is_the_mean_cosine_over_pairs():
     assert properties.anisotropy(FEATURES) == pytest.approx(cosines.mean(), rel=1e-12)
     assert properties.anisotropy(np.array([[1.0, 0], [5, 0], [2, 0]])) == pytest.approx(1)
     assert properties.anisotropy(np.array([[1.0, 0], [-3, 0]])) == pytest.approx(-1)
-    with pytest.raises(MeasurementError, match="none with features that are all 0"):
-        properties.anisotropy(np.array([[1.0, 0], [0, 0]]))
+    assert properties.anisotropy(np.array([[1.0, 0], [0, 0], [3, 0]])) == pytest.approx(1 / 3)  # of 0 with anything: 0
+    with pytest.raises(MeasurementError, match="features that are not all 0"):
+        properties.anisotropy(np.zeros((3, 2)))
 
 
 # ---------------------------------------------------------------------------------------------------- symmetries
