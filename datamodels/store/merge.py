@@ -298,7 +298,7 @@ def _lacking_keys(source: Store, target: Store) -> Iterator[tuple[str, np.ndarra
     for key, entry in source.spec.schema.items():
         if not entry.required:
             there = target.layout.records(key)["status"][: source.num_models] == commits.VALID
-            rows = np.flatnonzero(both & ~there & (source.layout.records(key)["status"] == commits.VALID))
+            rows = np.flatnonzero(both & ~there & source.having(key))
             if len(rows):
                 yield key, rows
 

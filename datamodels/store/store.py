@@ -253,7 +253,7 @@ class Store:
         field = self.field(key)
         completed = self._settled_flags()
         if rows is None and not field.required:
-            completed &= self.layout.records(key)["status"] == commits.VALID
+            completed &= self.having(key)
         wanted = np.flatnonzero(completed) if rows is None else self._indices(rows)
         missing = wanted[~completed[wanted]]
         if len(missing):
@@ -270,6 +270,20 @@ class Store:
             chunk = distinct[start : start + step].tolist()
             out[start : start + len(chunk)] = self._checked(field, chunk)
         return out if np.array_equal(distinct, wanted) else out[position]
+
+    def having(self, key: str, rows: Sequence[int] | None = None) -> np.ndarray:
+        """Which of some rows, which ascend, have an optional key, bool (len(rows),); None is all rows.
+
+        One whose record is damaged counts: who reads it is told so, and it does not pass for one that lacks the key.
+        """
+        records = self.layout.records(key, rows)
+        having: np.ndarray = records["status"] == commits.VALID
+        for place in np.flatnonzero(~having & records.view("u4").reshape(-1, 4).any(axis=1)).tolist():
+            row = place if rows is None else rows[place]
+            if not commits.key_record_intact(records[place], key, row):  # or it was being written just then
+                again = self.layout.records(key, [row])[0]
+                having[place] = again["status"] == commits.VALID or not commits.key_record_intact(again, key, row)
+        return having
 
     def _indices(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """`rows` as int64. `RowError` unless each is an int in [0, num_models)."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from datamodels import cli
-from datamodels.errors import DatamodelsError
+from datamodels.errors import DatamodelsError, StoreError
 from datamodels.evaluation import effects
 from datamodels.evaluation.effects import __main__ as command
 from datamodels.store import Store
@@ -116,6 +116,15 @@ def test_the_columns_are_the_roles_and_what_is_left_out_is_named(store):
     widths = [store.design.assignment(int(row)).choices["width"] for row in table.rows]
     same = table.groups[:, None] == table.groups[None]
     assert np.array_equal(same, np.equal.outer(widths, widths)) and len(set(table.groups)) == 16
+
+
+def test_a_damaged_record_is_no_value_that_a_row_lacks(store):
+    name = "_keys/accuracy.npy"
+    with open(store.path / name, "r+b") as file:
+        file.seek(store.layout.heads[name] + 16 * 4)
+        file.write(b"\0")  # the status of row 4
+    with pytest.raises(StoreError, match="row 4, 'accuracy': its record is damaged"):
+        effects.read(store)
 
 
 def test_keys_by_pattern_and_mistakes(store):

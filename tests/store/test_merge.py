@@ -408,6 +408,18 @@ def test_a_damaged_record_is_no_row_to_copy(two, tmp_path, file, place):
     assert merged.missing == (0,) and merged.completed == 7
 
 
+def test_a_damaged_record_is_no_key_that_a_row_lacks(two, tmp_path):
+    """Both have row 3 complete, and one of them has a note of it."""
+    fill(tmp_path / "C", [3], notes=False)
+    flip(two[0] / "_keys/note.npy", os.path.getsize(two[0] / "_keys/note.npy") - (ROWS - 3) * 16)
+    merged = merge([two[0]], tmp_path / "C")
+    assert merged.sources[0].damaged == {3: "'note': its record is damaged"} and merged.missing == (3,)
+    merge([two[1]], tmp_path / "C")
+    same_rows(tmp_path / "C", two[1], [4, 5, 6])
+    with Store.open(tmp_path / "C") as store:
+        assert store.rows("note", [3]).tolist() == ["n3"]
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_damaged_checksum_disagrees_with_nobody(two, tmp_path, order):
     flip(two[0] / "_keys" / "y.npy", os.path.getsize(two[0] / "_keys" / "y.npy") - (ROWS - 3) * 16 + 8)

@@ -316,6 +316,20 @@ def test_every_flipped_bit_of_data_and_records_is_found(store, file, size):
     assert list(verify(store)) == []
 
 
+def test_a_record_that_is_damaged_is_no_key_that_a_row_lacks(store):
+    """Where the status of an optional key flips, the row does not look like one that never had it."""
+    commit(store, [0])
+    store.commit_many([1, 2], {k: [v, v] for k, v in {**values(1), "extra": 2.5}.items()})
+    place = head("_keys/extra.npy", store)
+    for offset in range(16):
+        for row, bit in ((0, 1), (1, 0), (2, 2)):
+            flip(store.path / "_keys/extra.npy", place + 16 * row + offset, bit)
+            with pytest.raises(StoreError, match=f"row {row}, 'extra': its record is damaged"):
+                store.rows("extra")
+            flip(store.path / "_keys/extra.npy", place + 16 * row + offset, bit)
+    assert store.rows("extra").tolist() == [2.5, 2.5] and store.having("extra", [0, 2]).tolist() == [False, True]
+
+
 def test_a_flipped_flag_is_found(store):
     commit(store, [0, 2])
     flip(store.path / "_completed.npy", 128 + 1)  # a row that nobody ran

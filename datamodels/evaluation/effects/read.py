@@ -11,7 +11,6 @@ import numpy as np
 from datamodels.errors import DatamodelsError
 from datamodels.spec import nearest
 from datamodels.store import Store
-from datamodels.store import commit as commits
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ def _keys(store: Store, given: Sequence[str], role: str) -> list[str]:
 
 def _there(store: Store, key: str, rows: np.ndarray) -> np.ndarray:
     """Which of the rows have a finite value; (len(rows),), bool."""
-    there: np.ndarray = store.layout.records(key, rows.tolist())["status"] == commits.VALID
+    there = store.having(key, rows.tolist())
     values = store.rows(key, rows[there]).astype(np.float64).reshape(int(there.sum()), -1)
     there[there] = np.isfinite(values).all(axis=1)
     return there
