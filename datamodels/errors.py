@@ -35,6 +35,10 @@ class MeasurementError(DatamodelsError):
     """Arrays, a model or a data set of which a measurement cannot be taken."""
 
 
+class RankingError(DatamodelsError):
+    """Scores of models that cannot be read, joined with what fine-tuning reached, or ranked."""
+
+
 _JSON_HINTS = {
     "Expecting value": "a value is missing or not in double quotes; no comma behind the last one; true, false and null "
     "in lower case; no comments",

@@ -96,20 +96,20 @@ def lds(
         raise RegressionError(f"all {T} targets are constant over the {M} evaluation masks: there is nothing to rank")
 
     once = np.ones((M, 1), dtype=np.float32)
-    per_target = np.where(constant, np.nan, _rank_correlations(predicted, observed, once)[:, 0])
+    per_target = np.where(constant, np.nan, rank_correlations(predicted, observed, once)[:, 0])
     reliable = _ceilings(observed, within, runs, once.T)[0]
 
     rng = np.random.default_rng(seed)
     masks = rng.multinomial(M, np.full(M, 1 / M), size=draws)  # (draws, M): how often each mask is drawn
     targets = rng.multinomial(T, np.full(T, 1 / T), size=draws)
-    drawn = _rank_correlations(predicted, observed, masks.T.astype(np.float32), progress).T  # (draws, T)
+    drawn = rank_correlations(predicted, observed, masks.T.astype(np.float32), progress).T  # (draws, T)
     drawn_ceilings = _ceilings(observed, within, runs, masks)
 
     everyone = (~constant)[None].astype(float)
     value = float(np.nanmean(per_target))
-    ceiling = float(_weighted_mean(reliable[None], everyone)[0])
-    low, high = _interval(_weighted_mean(drawn, targets * ~constant), value, level)
-    ceiling_low, ceiling_high = _interval(_weighted_mean(drawn_ceilings, targets * ~constant), ceiling, level)
+    ceiling = float(weighted_mean(reliable[None], everyone)[0])
+    low, high = _interval(weighted_mean(drawn, targets * ~constant), value, level)
+    ceiling_low, ceiling_high = _interval(weighted_mean(drawn_ceilings, targets * ~constant), ceiling, level)
     return Score(
         value=value,
         low=low,
@@ -252,7 +252,7 @@ def _by_mask(
     return mean(predictions), observed, np.add.reduceat(off, starts, axis=0), runs
 
 
-def _rank_correlations(
+def rank_correlations(
     a: np.ndarray,
     b: np.ndarray,
     counts: np.ndarray,
@@ -308,7 +308,7 @@ def _ceilings(observed: np.ndarray, within: np.ndarray, runs: np.ndarray, counts
     return 6 / np.pi * np.arcsin(np.sqrt(reliability) / 2)
 
 
-def _weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean over the last axis, leaving out NaN; NaN where nothing is left."""
     weights = np.where(np.isnan(values), 0, weights)
     total = weights.sum(axis=1)

@@ -122,7 +122,7 @@ def influential_examples(
     hurts_at = helps_at + top * step + gap
     height = head + cell * len(targets) + foot
 
-    with _style():
+    with style():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, facecolor="white")
@@ -205,7 +205,7 @@ def lds_curve(
     order = np.argsort(rows)
     at = np.asarray(rows, float)[order]
     value, low, high = np.array([Interval.of(scores[i]) for i in order], float).T
-    with _style():
+    with style():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6.4, 4.0), dpi=PIXELS_PER_INCH, facecolor="white")
@@ -277,7 +277,7 @@ def regularization_path(model: Datamodel, *, targets: int | Sequence[int] | np.n
     step = 0.42 if len(chosen) <= 8 else 0.17  # of the legend; many targets have a line each
     width, height, left, right, legend = 7.3, max(4.9, 1.2 + step * len(chosen)), 0.85, 5.05, 5.4  # inches
 
-    with _style():
+    with style():
         from matplotlib import colormaps
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
@@ -364,7 +364,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Write the figure in the format of the path's ending; the file is there whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _style(), files.whole(path) as file:
+    with style(), files.whole(path) as file:
         # No date and no version in it: the same picture is the same file.
         figure.savefig(file, format=path.suffix.removeprefix(".") or "png", metadata=_METADATA.get(path.suffix))
     return path
@@ -378,7 +378,7 @@ _METADATA: dict[str, dict[str, Any]] = {
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """matplotlib's own defaults, whatever the user's are, while a figure is made or saved."""
     import matplotlib
 

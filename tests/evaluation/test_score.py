@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from datamodels.errors import RegressionError
 from datamodels.evaluation import lds, lds_of_store
 from datamodels.evaluation import score as score_module
-from datamodels.evaluation.score import _ceilings, _rank_correlations
+from datamodels.evaluation.score import _ceilings, rank_correlations
 from datamodels.regression import memory
 
 
@@ -47,7 +47,7 @@ def test_every_draw_is_ranked_anew(decimals):
     predicted, _, outcomes = simulate(decimals=decimals)
     observed = outcomes.mean(axis=1)
     counts = np.random.default_rng(3).multinomial(40, np.full(40, 1 / 40), size=20)
-    got = _rank_correlations(predicted, observed, counts.T.astype(np.float32))
+    got = rank_correlations(predicted, observed, counts.T.astype(np.float32))
     for draw, count in enumerate(counts):
         drawn = np.repeat(np.arange(40), count)
         expected = [spearmanr(predicted[drawn, t], observed[drawn, t]).statistic for t in range(7)]
@@ -204,10 +204,10 @@ def test_rounding_of_means_makes_no_ranks():
 def test_a_draw_in_which_the_outcome_does_not_vary_has_no_correlation():
     a, b = np.array([[1.0], [2], [3], [4]]), np.array([[0.0], [0], [0], [1]])
     counts = np.array([[1, 2, 1, 0], [1, 1, 1, 1]], dtype=np.float32).T
-    got = _rank_correlations(a, b, counts)[0]
+    got = rank_correlations(a, b, counts)[0]
     assert np.isnan(got[0])
     assert got[1] == pytest.approx(spearmanr(a[:, 0], b[:, 0]).statistic)
-    np.testing.assert_array_equal(_rank_correlations(b, a, counts)[0, 0], 0)
+    np.testing.assert_array_equal(rank_correlations(b, a, counts)[0, 0], 0)
 
 
 def test_same_seed_same_interval():

@@ -1,0 +1,154 @@
+"""`python -m datamodels.evaluation.ranking SCORES`: which scores rank models as fine-tuning does; tables and plots."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datamodels import cli
+from datamodels.cli import Arguments, Option
+from datamodels.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datamodels.evaluation.ranking import Grid, Scores
+
+PLOTS = ("vs_samples", "vs_actual", "tau")
+ENDINGS = (".png", ".svg", ".pdf")
+SECTIONS = {
+    "ranking": {
+        "actual": Option(
+            str, "store or table with what fine-tuning reached; left out: the one with the scores holds it as well"
+        ),
+        "actual_name": Option(str, "its key or column there", default="accuracy"),
+        "actual_split": Option(str, "its split, where there are several; left out: test"),
+        "scores_file": Option(str, "YAML or JSON with it instead: model: accuracy, or data set: {model: accuracy}"),
+        "metrics": Option(
+            list, "scores to rank by, or sums of their z-scores: log_me,log_me+num_params,-sharpness; left out: all"
+        ),
+        "datasets": Option(list, "data sets to rank on; left out: all"),
+        "split": Option(str, "split that the scores were measured on, where there are several"),
+        "n_samples": Option(int, "samples that the scores were measured on; left out: the largest number", min=1),
+        "rows": Option(list, "conditions on the rows of the store, as in labels_kept=1,model=a|b"),
+        "baseline": Option(str, "the score that others are held against", default="num_params"),
+        "num_params": Option(str, "YAML or JSON with model: number of parameters, where they were not measured"),
+        "k": Option(list, "how many models are fine-tuned, for regret@k and hit@k", default=["1", "3"]),
+        "allow_unmatched": Option(bool, "rank what joins, and say what does not", default=False),
+        "draws": Option(int, "draws of the bootstrap", default=2000, min=1),
+        "seed": Option(int, "their seed", default=0, min=0),
+        "json": Option(bool, "print the ranking as JSON, with every data set", default=False),
+        "plot": Option(str, "draw this instead of printing the tables", choices=PLOTS),
+        "out": Option(str, "file to draw, as png, svg or pdf; left out: SCORES with -PLOT.png behind it"),
+    }
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = cli.parse(
+        "python -m datamodels.evaluation.ranking",
+        "Say which scores rank pretrained models as fine-tuning does, with intervals, and the number of parameters "
+        "beside them.",
+        SECTIONS,
+        argv,
+        positional=(("scores", "a scan: its store, or a table (.csv, .parquet) that store export wrote of it"),),
+        short="ranking",
+    )
+    options = args.section("ranking")
+    plot = options["plot"]
+    path = Path(args.positional["scores"])
+    out = Path(options["out"] or path.with_name(f"{path.stem}-{plot}.png"))
+    if plot is None and options["out"]:
+        raise ConfigError("--out: nothing is drawn without --plot")
+    if plot and options["json"]:
+        raise ConfigError("--json: the tables as JSON or a plot, not both in one call")
+    if out.suffix not in ENDINGS and plot:
+        raise ConfigError(f"--out={out}: expected a name that ends in {', '.join(ENDINGS)}")
+    if options["actual"] and options["scores_file"]:
+        raise ConfigError("--actual and --scores_file both say what fine-tuning reached; give one")
+    ks = _ks(options["k"])
+
+    from datamodels.evaluation import ranking
+
+    scores = ranking.read(path, rows=options["rows"] or ())
+    if options["split"]:
+        scores = scores.of(splits=options["split"])
+    if options["num_params"]:
+        scores = ranking.with_parameters(scores, options["num_params"])
+    if plot == "vs_samples":
+        print(_draw_samples(args, scores, out))
+        return 0
+    actual, said = _actual(args, scores)
+    metrics = list(options["metrics"] or ())
+    joined = ranking.join(
+        scores,
+        actual,
+        n_samples=options["n_samples"],
+        metrics=metrics + [options["baseline"]] * (bool(metrics) and options["baseline"] not in metrics),
+        datasets=options["datasets"] or (),
+        allow_unmatched=options["allow_unmatched"],
+        notes=said,
+    )
+    from tqdm import tqdm
+
+    with tqdm(total=len(joined.scores), desc="ranking", unit="score", leave=False,
+              disable=not sys.stderr.isatty()) as bar:  # fmt: skip
+        found = ranking.rank(
+            joined,
+            baseline=options["baseline"],
+            ks=ks,
+            draws=options["draws"],
+            seed=options["seed"],
+            progress=bar.update,
+        )
+    if plot:
+        from datamodels.report import figures
+        from datamodels.report import ranking as pictures
+
+        print(figures.save(pictures.tau(found) if plot == "tau" else pictures.vs_actual(found), out))
+    elif options["json"]:
+        print(json.dumps(ranking.as_json(found), indent=1))
+    else:
+        print("\n".join(ranking.lines(found)))
+    return 0
+
+
+def _draw_samples(args: Arguments, scores: Scores, out: Path) -> Path:
+    from datamodels.report import figures
+    from datamodels.report import ranking as pictures
+
+    if args["ranking.datasets"]:
+        scores = scores.of(datasets=args["ranking.datasets"])
+    # What fine-tuning reached only orders the models here, so it may be missing.
+    known = args["ranking.actual"] or args["ranking.scores_file"] or args["ranking.actual_name"] in scores.values
+    actual = _actual(args, scores)[0] if known else None
+    return figures.save(pictures.vs_samples(scores, metrics=args["ranking.metrics"] or (), actual=actual), out)
+
+
+def _actual(args: Arguments, scores: Scores) -> tuple[Grid, tuple[str, ...]]:
+    """What fine-tuning reached, from wherever it is said to be, and notes on what was chosen there."""
+    from datamodels.evaluation import ranking
+
+    name, file = args["ranking.actual_name"], args["ranking.scores_file"]
+    if file:
+        datasets = args["ranking.datasets"] or list(dict.fromkeys(scores.datasets.tolist()))
+        return ranking.from_yaml(file, name, datasets), ()
+    if args["ranking.actual"]:
+        return ranking.actual_of(ranking.read(args["ranking.actual"]), name, args["ranking.actual_split"])
+    if name not in scores.values:
+        raise ConfigError(
+            f"{scores.where}: it has no {name!r} that would say what fine-tuning reached; give --actual=STORE with "
+            f"--actual_name=KEY, or --scores_file=FILE with model: accuracy"
+        )
+    return ranking.actual_of(scores, name, args["ranking.actual_split"])
+
+
+def _ks(words: Sequence[str]) -> tuple[int, ...]:
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise ConfigError(f"--k: expected numbers of models, as in 1,3, got {','.join(words)}")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+if __name__ == "__main__":
+    cli.run(main)
