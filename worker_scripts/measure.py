@@ -48,7 +48,7 @@ class Names(Checker):
         return value
 
     def help(self) -> str:
-        return "names by short names, {a: csv:a.csv?…}"
+        return "a mapping"
 
 
 Section("measure", "what is measured where; the design's factors beat these").params(
@@ -60,6 +60,9 @@ Section("measure", "what is measured where; the design's factors beat these").pa
     data=Param(Names(), "short names for data sets: {packages: csv:a.csv?text=body&label=topic}", default={}),
     samples=Param(And(int, InRange(min=0)), "examples of which sample_ids, _labels, _predictions are kept", default=0),
     batch_size=Param(And(int, InRange(min=1)), "examples in a forward pass", default=64),
+    data_examples=Param(
+        And(int, InRange(min=2)), "examples that sharpness, llc and adversarial hold in memory, at most", default=1000
+    ),
     device=Param(str, "torch's name of one; auto: a GPU where there is one", default="auto"),
     pooling=Param(OneOf(backbones.POOLINGS), "how a transformer's hidden states become one vector", default="auto"),
     max_length=Param(And(int, InRange(min=1)), "tokens of a text", default=256),
@@ -104,6 +107,8 @@ def main(
             batch_size=config["measure.batch_size"],
             seed=sample_seed,
             reference=_backbone(row.reference, made.kind, *_settings()) if row.reference else None,
+            data_examples=config["measure.data_examples"],
+            name=model or config["measure.model"],
         )
 
     data, views = Each(row.places, examples), Each(row.places, view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ def load(name: str, kind: str, pooling: str, max_length: int, local_files_only: 
         )
     with installed(name, "transformers"):
         import transformers as hub
+    if not sys.stderr.isatty():
+        hub.utils.logging.disable_progress_bar()
     given = {"local_files_only": local_files_only}
     try:
         config = hub.AutoConfig.from_pretrained(name, **given)

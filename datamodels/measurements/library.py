@@ -41,9 +41,9 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         "embed": "function of inputs to features (n, d), in batches",
         "predict": "function of inputs to logits (n, c), in batches",
         "model": "torch module in eval mode: a batch of `data`'s inputs to logits",
-        "data": "(inputs, labels): tensors that `model` and `loss_fn` take",
+        "data": "(inputs, labels): tensors that `model` and `loss_fn` take, of some examples where there are many",
         "loss_fn": "function of (logits, labels) to their mean loss, a scalar tensor",
-        "checkpoint": "the model's name, folder or checkpoint file",
+        "checkpoint": "the model's name, as whoever asks calls it",
         "seed": "int that all randomness of the measurement comes from",
     }
 )

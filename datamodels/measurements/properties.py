@@ -160,12 +160,11 @@ def sharpness(
     data: tuple[torch.Tensor, torch.Tensor],
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     seed: int = 0,
-    examples: int = 1000,
     batch_size: int = 250,
     tolerance: float = 0.01,
     iterations: int = 500,
 ) -> float:
-    """Largest eigenvalue of the Hessian of the mean loss over the first `examples`, by power iteration.
+    """Largest eigenvalue of the Hessian of the mean loss, by power iteration.
 
     Hessian-vector products by differentiating twice. Where the eigenvalue of largest size is negative, the Hessian is
     shifted by it and iterated again. The residual ‖Hv − λv‖ is at most tolerance · |λ|, so an eigenvalue is that near;
@@ -178,7 +177,7 @@ def sharpness(
     if not parameters:
         raise MeasurementError("sharpness: no parameter of the model takes a gradient")
     device = parameters[0].device
-    inputs, labels = data[0][:examples], data[1][:examples]
+    inputs, labels = data
 
     def product(direction: torch.Tensor) -> torch.Tensor:
         total = torch.zeros_like(direction)
@@ -272,14 +271,13 @@ def llc(
     data: tuple[torch.Tensor, torch.Tensor],
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     seed: int = 0,
-    examples: int = 1000,
     step: float = 0.3,
     gamma: float = 100.0,
     draws: int = 400,
     burn_in: int = 300,
     chains: int = 4,
 ) -> dict[str, float]:
-    """Local learning coefficient over the first `examples`, by SGLD with all of them in every step (`llc.estimate`).
+    """Local learning coefficient by SGLD with all examples of `data` in every step (`llc.estimate`).
 
     A cheap estimate whose step size needs no calibration: h = `step` in ε = h / (nβ · sharpness + γ), which makes it
     too high by 1/(1 − h/4) in the stiffest direction and less in others. With its standard error, R̂, acceptance,
@@ -288,9 +286,8 @@ def llc(
     from datamodels.measurements import llc as chains_of
     from datamodels.measurements.samplers import Settings, default_nbeta
 
-    inputs, labels = data[0][:examples], data[1][:examples]
-    nbeta = default_nbeta(len(labels))
-    curvature = sharpness.function(model, (inputs, labels), loss_fn, seed=seed, examples=examples)
+    nbeta = default_nbeta(len(data[1]))
+    curvature = sharpness.function(model, data, loss_fn, seed=seed)
     settings = Settings(
         epsilon=step / (nbeta * max(curvature, 0.0) + gamma),
         gamma=gamma,
@@ -299,7 +296,7 @@ def llc(
         chains=chains,
         losses="all",
     )
-    found = chains_of.estimate(model, loss_fn, (inputs, labels), settings, seed=seed)
+    found = chains_of.estimate(model, loss_fn, data, settings, seed=seed)
     columns = found.columns()
     return {
         "": found.mean,

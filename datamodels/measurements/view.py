@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional
+from tqdm import tqdm
 
 from datamodels.measurements.backbones import Backbone
 from datamodels.measurements.datasets import Examples, ImageFiles
@@ -22,7 +23,9 @@ class View(Mapping[str, Any]):
     """The needs of measurements by name, of a model and examples; `seconds_inference` beside them.
 
     Features and logits are of one forward pass. Where the names of the head's classes are those of the data set,
-    logits come in the data set's order. `reference` is a second model, whose needs are `reference_<need>`.
+    logits come in the data set's order. `reference` is a second model, whose needs are `reference_<need>`. `data` is
+    held in memory as the model takes it, so it has at most `data_examples`, drawn from the seed with classes in
+    proportion. `name` is what the user calls the model.
     """
 
     def __init__(
@@ -33,9 +36,12 @@ class View(Mapping[str, Any]):
         batch_size: int = 64,
         seed: int = 0,
         reference: Backbone | None = None,
+        data_examples: int = 1000,
+        name: str | None = None,
     ):
         self.backbone, self.examples = backbone, examples
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.data_examples = batch_size, seed, data_examples
+        self.name = backbone.name if name is None else name
         self.reference = None if reference is None else View(reference, examples, batch_size=batch_size, seed=seed)
 
     def __getitem__(self, need: str) -> Any:
@@ -91,7 +97,7 @@ class View(Mapping[str, Any]):
 
     @property
     def _checkpoint(self) -> str:
-        return self.backbone.name
+        return self.name
 
     @property
     def _seed(self) -> int:
@@ -156,7 +162,8 @@ class View(Mapping[str, Any]):
             order = np.argsort([len(text) for text in inputs], kind="stable")[::-1]
         features: list[torch.Tensor] = []
         logits: list[torch.Tensor] = []
-        for start in range(0, len(order), self.batch_size):
+        # None: quiet where nobody watches
+        for start in tqdm(range(0, len(order), self.batch_size), "inference", leave=False, unit="batch", disable=None):
             chosen = order[start : start + self.batch_size]
             batch = [inputs[i] for i in chosen] if isinstance(inputs, list) else inputs[chosen]
             made, answer = self.backbone.module.both(self.backbone.prepare(batch).to(self.backbone.device))
@@ -168,14 +175,17 @@ class View(Mapping[str, Any]):
 
     @cached_property
     def _data(self) -> tuple[torch.Tensor, torch.Tensor]:
-        device = self.backbone.device
+        device, prepare = self.backbone.device, self.backbone.prepare
         with torch.no_grad():
-            some = self.backbone.module.both(self.backbone.prepare(self.examples.inputs[:1]).to(device))[1]
+            some = self.backbone.module.both(prepare(self.examples.inputs[:1]).to(device))[1]
         outputs = 0 if some is None else some.shape[1]
         if outputs != self._num_classes:
             head = f"has a head of {outputs} outputs" if outputs else "has no head"
             raise Unmet(f"needs a head for {self._num_classes} classes, and the model {self.backbone.name} {head}")
-        return self.backbone.prepare(self.examples.inputs).to(device), torch.from_numpy(self._labels).to(device)
+        held = self.examples
+        if len(held) > self.data_examples:
+            held = held.sample(self.data_examples, seed=self.seed)
+        return prepare(held.inputs).to(device), torch.from_numpy(held.labels).to(device)
 
     @property
     def _loss_fn(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from datamodels.errors import MeasurementError
 from datamodels.measurements import backbones
 from datamodels.measurements.datasets import Examples, load
-from datamodels.measurements.library import measure
+from datamodels.measurements.library import measure, schema
 from datamodels.measurements.view import View
 from tests import needs
 
@@ -117,8 +117,8 @@ def test_a_vit_answers_as_transformers_says(hub, vit):
 
 def test_a_vit_is_measured_from_end_to_end(vit):
     """Attention is differentiated twice for sharpness, once for the adversary; corruptions pass the processor."""
-    view = View(backbones.load(vit, "image"), load("digits", "test").sample(120, seed=0))
-    names = ["num_params", "h_score_shrunk", "accuracy", "leep", "adversarial", "sharpness?examples=20&tolerance=0.1"]
+    view = View(backbones.load(vit, "image"), load("digits", "test").sample(120, seed=0), data_examples=20)
+    names = ["num_params", "h_score_shrunk", "accuracy", "leep", "adversarial", "sharpness?tolerance=0.1"]
     names += ["corruption", "invariance"]
     found = measure(names, {"": view})
     assert [value for value in found.values() if isinstance(value, Exception)] == []
@@ -227,6 +227,38 @@ def test_a_tokenizer_that_cannot_pad(hub, tmp_path):
     save_tokenizer(hub, tmp_path, pad_token=None)
     with pytest.raises(MeasurementError, match="no token to pad with"):
         backbones.load(str(tmp_path), "text")
+
+
+def test_a_row_of_texts_from_a_csv_file(classifier, tmp_path):
+    """From a file and a folder to numbers, as a worker runs it."""
+    from worker_scripts import measure as script
+
+    rows = [
+        f"{text},{('sport', 'art', 'news')[i % 3]},{'north' if i % 2 else 'south'}" for i, text in enumerate(TEXTS * 15)
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(["text,topic,region", *rows]) + "\n", encoding="utf-8")
+    names = [
+        "num_params",
+        "h_score_shrunk",
+        "leep",
+        "nce",
+        "accuracy",
+        "group_accuracy",
+        "effective_rank",
+        "anisotropy",
+    ]
+    found = script.main(
+        keys=tuple(schema(names)),
+        measurements={"names": tuple(names)},
+        seed=0,
+        model=classifier,
+        dataset=f"csv:{tmp_path}/a.csv?text=text&label=topic&group=region",
+        split="all",
+        n_samples=60,
+    )
+    assert set(found) == set(schema(names))
+    assert not [value for value in found.values() if isinstance(value, Exception)]
+    assert 0 <= found["group_accuracy_worst"] <= found["accuracy"] <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------- neither

@@ -99,6 +99,15 @@ def test_model_data_and_loss_go_together():
     assert not view["model"].training
 
 
+def test_data_is_some_of_many_with_classes_in_proportion():
+    sorted_ = EXAMPLES.take(np.argsort(LABELS, kind="stable"))
+    inputs, labels = View(backbone(), sorted_, data_examples=30, seed=2)["data"]
+    assert len(inputs) == len(labels) == 30
+    assert abs(labels.double().mean() - LABELS.mean()) < 1 / 30
+    drawn = sorted_.sample(30, seed=2)
+    assert (inputs.numpy() == drawn.inputs).all() and (labels.numpy() == drawn.labels).all()
+
+
 def test_groups_and_factors_of_the_data():
     more = Examples("m", "image", INPUTS, LABELS, ("a", "b"), np.arange(150), LABELS, np.zeros((150, 2)))
     view = View(backbone(), more)

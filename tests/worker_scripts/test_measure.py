@@ -163,6 +163,13 @@ def test_the_checker_of_short_names():
             measure.Names().check(wrong)
 
 
+def test_a_table_knows_models_by_the_names_that_the_design_gives_them(tmp_path):
+    (tmp_path / "scores.yaml").write_text("small: 0.75\n")
+    with configured(models={"small": NET}):
+        found = run([f"published_accuracy?table={tmp_path}/scores.yaml"], dataset="digits", model="small")
+    assert found["published_accuracy"] == 0.75
+
+
 def test_agreement_with_a_reference():
     with configured(reference=NET):
         assert run(["agreement"], dataset="digits")["agreement"] == 1
