@@ -16,7 +16,8 @@ def logistic(x: np.ndarray, codes: np.ndarray, num_classes: int, l2: float) -> t
     """Weights (d, c) and biases (c,) that minimise Σ_i −log softmax(x_i W + b)_{y_i} + l2/2 · ‖W‖².
 
     x: (n, d) float32. codes: (n,) in [0, c). L-BFGS in the coordinates A of W = L⁻ᵀA with L Lᵀ = XᵀX/(cn) + l2/n,
-    which is the Hessian where all classes are equally likely: correlated features then cost no further steps.
+    which is the Hessian where all classes are equally likely: correlated features then cost no further steps. It runs
+    in float32, and goes on in float64 where rounding ends a line search too soon.
 
     Raises MeasurementError when it does not converge.
     """
@@ -29,11 +30,11 @@ def logistic(x: np.ndarray, codes: np.ndarray, num_classes: int, l2: float) -> t
     hessian[np.diag_indices(d)] += (
         penalty + 1e-6 * np.trace(hessian) / d
     )  # float32's rounding must not make it indefinite
-    factor = cholesky(hessian, lower=True, overwrite_a=True, check_finite=False).astype(np.float32)
+    factor = cholesky(hessian, lower=True, overwrite_a=True, check_finite=False)
     every = np.arange(n)
 
     def parts(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        a = a.astype(np.float32).reshape(d + 1, num_classes)
+        a = a.astype(x.dtype).reshape(d + 1, num_classes)
         return solve_triangular(factor, a[:-1], lower=True, trans=1, check_finite=False), a[-1] * np.sqrt(num_classes)
 
     def objective(a: np.ndarray) -> tuple[float, np.ndarray]:
@@ -54,10 +55,14 @@ def logistic(x: np.ndarray, codes: np.ndarray, num_classes: int, l2: float) -> t
         return float(loss), slope.ravel()
 
     options: Any = {"maxiter": STEPS, "maxcor": 20, "gtol": GRADIENT, "ftol": 1e-9}
-    found = minimize(objective, np.zeros((d + 1) * num_classes), jac=True, method="L-BFGS-B", options=options)
-    if not found.success:
-        raise MeasurementError(
-            f"linear_probe: the logistic regression did not converge in {found.nit} steps ({found.message}); raise l2, "
-            f"or look for features of very different size within one column"
-        )
-    return parts(found.x)
+    point = np.zeros((d + 1) * num_classes)
+    double = factor
+    for dtype in (np.float32, np.float64):
+        x, factor = x.astype(dtype, copy=False), double.astype(dtype, copy=False)
+        found = minimize(objective, point, jac=True, method="L-BFGS-B", options=options)
+        if found.success:
+            return parts(found.x)
+        point = found.x
+    raise MeasurementError(
+        f"linear_probe: the logistic regression did not converge in {found.nit} steps ({found.message}); raise l2"
+    )

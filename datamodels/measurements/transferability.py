@@ -76,8 +76,6 @@ def _evidence(found: Spectrum, counts: np.ndarray, *, exact: bool = False) -> tu
         return -0.5 * np.log(2 * np.pi * np.e * counts / n), True
     if exact:
         rest = np.where(rest <= counts * (16 * EPS * max(n, found.d)) ** 2, 0.0, rest)
-    if len(sigma) == n:
-        rest = np.zeros_like(rest)
 
     def quadratic(shrunk: np.ndarray) -> np.ndarray:  # yᵀ(I + F Fᵀ/t)⁻¹y; shrunk: t/(σ + t)
         return np.maximum(rest + (power * shrunk).sum(axis=1), np.finfo(np.float64).tiny)
