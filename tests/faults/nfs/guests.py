@@ -216,7 +216,7 @@ class Guest:
             if "return" in said:
                 return said["return"]
 
-    def wait(self, seconds: float = 120) -> None:
+    def wait(self, seconds: float = 400) -> None:
         if not self.ready.wait(seconds):
             console = (self.folder / f"{self.name}.console").read_text(errors="replace")
             raise RuntimeError(f"{self.name}: did not come up in {seconds} s; its console ends:\n{console[-2000:]}")
