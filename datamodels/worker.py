@@ -1,9 +1,10 @@
 """`python -m datamodels.worker`: claim a row, call the user's main, check what came back, commit it.
 
 Exit codes: 0 when every row that it could claim is done; 1 when the row of --worker.index failed, or the store did; 2
-for a mistake in the configuration or an import that fails; 3 when rows are left that failed too often; 130 and 143
-when it was stopped. SIGUSR1, which SLURM sends before a time limit, ends it with 0 after the row in hand; under SLURM
-SIGTERM does so at once, and the row is given back.
+for a mistake in the configuration or an import that fails; 3 when rows are left that failed too often, or, with
+--worker.keys, that are held by who fills in other keys; 130 and 143 when it was stopped. SIGUSR1, which SLURM sends
+before a time limit, ends it with 0 after the row in hand; under SLURM SIGTERM does so at once, and the row is given
+back.
 """
 
 from __future__ import annotations
@@ -253,12 +254,18 @@ def _work(
                 file=sys.stderr,
             )
             return 0 if stop.number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ else 128 + stop.number
-    given_up = worker.given_up()
+    given_up, left = worker.given_up(), worker.neglected()
+    if left:
+        print(
+            f"rows {', '.join(map(str, left[:5]))}{' …' if len(left) > 5 else ''} are held by others, who do not fill "
+            f"in {', '.join(store.keys)}; run this again when they have ended",
+            file=sys.stderr,
+        )
     print(
         f"{worker.tally.committed} rows committed, {worker.tally.failed} attempts failed"
         + (f"; {given_up} rows of the store failed too often to be tried again" if given_up else "")
     )
-    return 1 if ranks is not None and worker.tally.failed else GAVE_UP if given_up else 0
+    return 1 if worker.broken else GAVE_UP if given_up or left else 0
 
 
 def leave_with_parent() -> None:

@@ -27,6 +27,7 @@ from datamodels.store import Store, describe
 from datamodels.store import commit as commits
 
 _AHEAD = 256  # rows looked at together where others have been
+_CLAIMING = 1.0  # seconds that another worker may take from claiming rows until it has begun with them
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Worker:
         self._interruptible = True
         self._stop: int | None = None  # the signal that asked this process to end
         self._last = False  # asked to end after the rows in hand
+        self.broken = False  # a row failed on one rank of several: what they have in common may be of no use
+        self._replace = False  # what is complete is run again, for its new values
         self._pid = os.getpid()
 
     # ------------------------------------------------------------- which rows
@@ -104,6 +107,17 @@ class Worker:
         """How many rows are incomplete and will not be tried again, whoever failed them."""
         return int((self._mine & ~self.store.completed() & self._spent(self.store.layout.row_records())).sum())
 
+    def neglected(self) -> list[int]:
+        """Rows that others hold who do not fill in all that this worker is for."""
+        if not self.store.keys:
+            return []
+        first = self.store.neglected(self._mine, self.retries)
+        if not len(first):
+            return []
+        time.sleep(_CLAIMING)
+        again = set(first.tolist()) & set(self.store.neglected(self._mine, self.retries).tolist())
+        return sorted(again.intersection(self.store.held()))
+
     def _claim_some(self, queue: deque[int], size: int) -> list[int]:
         rows: list[int] = []
         while queue and len(rows) < size and not self._last:
@@ -141,22 +155,30 @@ class Worker:
                 else:
                     ready.append(place)
             rows = [taken[place] for place in ready]
-            begun = self.store.begin(rows, complete=completed[ready], records=records[ready])
+            retries = None if anew else self.retries
+            begun = self.store.begin(rows, complete=completed[ready], records=records[ready], retries=retries)
             self._attempts.update(zip(rows, begun, strict=True))
             return rows
 
     def _record_death(self, row: int, record: np.void) -> None:
-        attempts, run = int(record["attempts"]), record["run"].decode(errors="replace")
-        self.store.fail(
-            row,
-            attempts,
-            f"The process that ran this row died without leaving a word, {attempts} times (killed, out of memory, or "
-            f"the machine went down); the last one was runs/{run}.json",
-            finished=float(record["started"]),  # it is known when it began
-            run=run,
-            log=printed(self.store.path, run, row),
+        attempts, run, place = int(record["attempts"]), self.store.run_id(record), ""
+        try:
+            self.store.fail(
+                row,
+                attempts,
+                f"The process that ran this row died without leaving a word, {attempts} times (killed, out of memory, "
+                f"or the machine went down); the last one was runs/{run}.json",
+                finished=float(record["started"]),  # it is known when it began
+                run=run,
+                log=printed(self.store.path, run, row),
+            )
+        except StoreError as full:
+            place = f" (which could not be noted in its folder: {full})"
+        print(
+            f"row {row}: its process died {attempts} times{place}; it will not be tried again",
+            file=sys.stderr,
+            flush=True,
         )
-        print(f"row {row}: its process died {attempts} times; it will not be tried again", file=sys.stderr, flush=True)
 
     def _wait(self, rows: Iterable[int]) -> bool:
         """Wait while another host may have died holding one of these rows; whether to look again."""
@@ -170,7 +192,7 @@ class Worker:
         row = check_index(row, self.store.num_models)
         self._output.open()
         replace = do_if_complete and bool(self.store.layout.completed([row])[0])
-        tried = 0
+        tried, self._replace = 0, do_if_complete
         while not self.tally.committed and not self.tally.given_up and not self._last:
             if not self._claim([row], anew=tried == 0, complete_too=do_if_complete):
                 if self.store.layout.completed([row])[0]:
@@ -256,6 +278,9 @@ class Worker:
                 f"rows {rows[0]}…{rows[-1]}: {routine.name} must return a dict from key to an array with a "
                 f"leading axis of {len(rows)}, got {type(result).__name__}"
             )
+        result = {
+            key: [values] * len(rows) if isinstance(values, BaseException) else values for key, values in result.items()
+        }
         for key, values in result.items():
             if not hasattr(values, "__len__") or len(values) != len(rows):
                 got = list(values.shape) if hasattr(values, "shape") else type(values).__name__
@@ -269,23 +294,31 @@ class Worker:
         }
 
     def _call(self, routine: Routine, assignments: Sequence[Assignment], smoke: bool, folders: list[str]) -> Any:
+        keys = self.store.asked(assignments, replace=self._replace)
         if self._ranks is None:
-            return self._invoke(routine, assignments, smoke, folders)
+            return self._invoke(routine, assignments, smoke, folders, keys)
         attempts = [(a.row, self._attempts.get(a.row, 0)) for a in assignments]
         many = routine is self.main_many
-        with self._ranks.together(attempts, many=many, smoke=smoke, folders=folders):
-            return self._invoke(routine, assignments, smoke, folders)
+        with self._ranks.together(attempts, many=many, smoke=smoke, folders=folders, keys=keys):
+            return self._invoke(routine, assignments, smoke, folders, keys)
 
-    def follow(self, rows: list[int], *, many: bool, smoke: bool, folders: list[str]) -> None:
+    def follow(self, rows: list[int], *, many: bool, smoke: bool, folders: list[str], keys: list[str]) -> None:
         """The same call on another rank, whose result nobody asks for."""
         routine = self.main_many if many else self.main
         assert routine is not None
-        self._invoke(routine, [self.store.design.assignment(row) for row in rows], smoke, folders)
+        self._invoke(routine, [self.store.design.assignment(row) for row in rows], smoke, folders, tuple(keys))
 
-    def _invoke(self, routine: Routine, assignments: Sequence[Assignment], smoke: bool, folders: list[str]) -> Any:
+    def _invoke(
+        self,
+        routine: Routine,
+        assignments: Sequence[Assignment],
+        smoke: bool,
+        folders: list[str],
+        keys: tuple[str, ...],
+    ) -> Any:
         """What a function returns for what the design gives to rows; main has one, main_many a leading axis."""
         seed_everything(assignments[0].seed)
-        asked = {"keys": self.store.asked(assignments), "measurements": dict(self.store.spec.measurements or {})}
+        asked = {"keys": keys, "measurements": dict(self.store.spec.measurements or {})}
         if routine is self.main:
             (one,) = assignments
             given = {"index": one.row, "seed": one.seed, "mask": one.mask, "smoke": smoke, "logdir": folders[0]}
@@ -349,9 +382,10 @@ class Worker:
         encoded: dict[int, dict[str, bytes]] = {}
         for row, values in results.items():
             try:
-                encoded[row] = self.store.encode(row, values)
+                encoded[row] = self.store.encode(row, values, replace=replace)
             except RowError as error:
                 self._failed(row, error)
+        _forget_frames([value for values in results.values() for value in values.values()])
         with self._uninterrupted():
             try:
                 self.store.commit_encoded(encoded, replace=replace)
@@ -387,12 +421,14 @@ class Worker:
             self._done(row, blobs, replace=replace)
 
     def _done(self, row: int, blobs: Mapping[str, bytes], *, replace: bool) -> None:
-        failed = {key: blob for key, blob in blobs.items() if isinstance(blob, commits.Failed)}
-        if failed and set(failed) & set(self.store.required):  # of those that --worker.keys names
-            self._failed(row, next(iter(failed.values())).why or RowError(f"row {row}: {', '.join(failed)} failed"))
+        failed = {key: blob.why for key, blob in blobs.items() if isinstance(blob, commits.Failed)}
+        if failed and self.store.keys:  # it was for them alone
+            key, words = next(iter(failed.items()))
+            more = f" (and {len(failed) - 1} keys more)" if len(failed) > 1 else ""
+            self._failed_with(row, words, f"{key}: {_end(words)}{more}", errors=failed)
             return
         if failed:
-            self._keys_failed(row, failed)
+            self._keys_failed(row, blobs)
         self.tally.committed += 1
         self._note()
         self._attempts.pop(row, None)
@@ -400,37 +436,43 @@ class Worker:
         self._committed(row, blobs)
 
     def _failed(self, row: int, error: BaseException) -> None:
+        if self._ranks is not None:
+            self._last = self.broken = True
+        self._failed_with(row, "".join(traceback.format_exception(error)), last_line(error))
+
+    def _failed_with(self, row: int, words: str, line: str, errors: Mapping[str, str] | None = None) -> None:
+        """Record an attempt that failed, and why: in words, in a line, and of each key where they differ."""
         with self._uninterrupted():
             attempts = self._attempts.pop(row)
             again = attempts <= self._limit
             try:
-                where = self.store.fail(
-                    row, attempts, "".join(traceback.format_exception(error)), log=self._output.kept()
-                )
+                where = self.store.fail(row, attempts, words, log=self._output.kept(), errors=errors)
                 place = f"; traceback in {where}"
             except StoreError as full:
                 place = f"; and its traceback could not be kept ({full})"
             print(
-                f"row {row}: attempt {attempts} failed: {last_line(error)}{place}"
-                f"{'; it will be tried again' if again and self._ranks is None else ''}",
+                f"row {row}: attempt {attempts} failed: {line}{place}"
+                f"{'; it will be tried again' if again and not self._last else ''}",
                 file=sys.stderr,
                 flush=True,
             )
             self.tally.failed += 1
             self.tally.given_up += not again
-            self._last |= self._ranks is not None
             self._note()
             self.store.run.release(row, done=False)
 
-    def _keys_failed(self, row: int, failed: Mapping[str, commits.Failed]) -> None:
+    def _keys_failed(self, row: int, blobs: Mapping[str, bytes]) -> None:
         try:
-            files = self.store.failed_keys(row, failed)
-            places = {key: f"; traceback in {path}" for key, path in files.items()}
+            place = f"; traceback in {self.store.failed_keys(row, blobs)}"
         except StoreError as full:
-            places = dict.fromkeys(failed, f"; and its traceback could not be kept ({full})")
-        for key, blob in failed.items():
-            what = "failed" if blob.why is None else f"failed: {last_line(blob.why)}"
-            print(f"row {row}: {key} {what}{places[key]}; the row is complete without it", file=sys.stderr, flush=True)
+            place = f"; and its traceback could not be kept ({full})"
+        for key, blob in blobs.items():
+            if isinstance(blob, commits.Failed):
+                print(
+                    f"row {row}: {key} failed: {_end(blob.why)}{place}; the row is complete without it",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _note(self) -> None:
         self.store.run.note(rows_done=self.tally.committed, rows_failed=self.tally.failed, **describe.software())
@@ -484,3 +526,21 @@ class Worker:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _end(words: str) -> str:
+    """The last line of a traceback."""
+    return (words.strip().splitlines() or [""])[-1]
+
+
+def _forget_frames(values: Iterable[object]) -> None:
+    """Have exceptions let go of their frames, which hold all that main had in hand, and main's result holds them."""
+    left = [value for value in values if isinstance(value, BaseException)]
+    seen: set[int] = set()
+    while left:
+        error = left.pop()
+        if id(error) not in seen:
+            seen.add(id(error))
+            error.__traceback__ = None
+            inside = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+            left += [each for each in (error.__cause__, error.__context__, *inside) if each is not None]

@@ -96,7 +96,7 @@ def clear(args: Arguments) -> int:
     words, keys = args["store.rows"], args["store.keys"] or []
     with Store.open(args.positional["dir"]) as store:
         try:
-            rows = failed_rows(store) if words == FAILED else parse_rows(words, store.num_models)
+            rows = failed_rows(store, keys) if words == FAILED else parse_rows(words, store.num_models)
         except RowError as error:
             raise ConfigError(f"--rows ({args.where('store.rows')}): {error}") from None
         with tqdm(total=len(rows), unit="row", disable=not sys.stderr.isatty()) as bar:
@@ -289,7 +289,7 @@ VERBS = {
         "clear rows, so that they are run again and their attempts count from 0",
         clear,
         {
-            "rows": Option(str, "3,7-9, or the word failed for all rows that failed", required=True),
+            "rows": Option(str, "3,7-9, or the word failed: rows that failed, or in which --keys did", required=True),
             "keys": Option(list, "clear these optional keys alone; the rows stay complete"),
         },
         (DIR,),

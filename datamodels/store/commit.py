@@ -45,9 +45,24 @@ COMPLETED_FILE, ROWS_FILE, JOURNAL = f"{COMPLETED}.npy", "_rows.npy", "_replace"
 
 
 class Failed(bytes):
-    """What is written where a key of a row was tried and failed: bytes that stand for no value. `why`: its error."""
+    """What is written where a key of a row was tried and failed: bytes that stand for no value, NaN where that may be.
 
-    why: BaseException | None = None
+    `why` is its traceback, and `attempt` counts the attempts at it: that of its row's own commit is the first. `mark`
+    is what its record says of the run, where it would have the checksum of a value.
+    """
+
+    why: str = ""
+    attempt: int = 1
+    mark: int = 0
+
+    @classmethod
+    def of(cls, field: Field, why: str = "", attempt: int = 1) -> Failed:
+        blank = np.zeros(field.disk_shape, field.disk_dtype)
+        if field.allow_nonfinite:
+            blank.fill(np.nan)
+        made = cls(blank.tobytes())
+        made.why, made.attempt = why, attempt
+        return made
 
 
 def key_file(key: str) -> str:
@@ -131,9 +146,9 @@ def key_record(key: str, row: int, *, attempt: int, crc32: int, status: int = VA
 
 
 def _record_of(key: str, row: int, attempt: int, blob: bytes) -> bytes:
-    """The record of a key that has been written. A key that failed is at its first attempt, whatever its row's is."""
+    """The record of a key that has been written. A key that failed counts its own attempts, whatever its row's are."""
     if isinstance(blob, Failed):
-        return key_record(key, row, attempt=1, crc32=zlib.crc32(blob), status=KEY_FAILED)
+        return key_record(key, row, attempt=blob.attempt, crc32=blob.mark, status=KEY_FAILED)
     return key_record(key, row, attempt=attempt, crc32=zlib.crc32(blob))
 
 
@@ -282,12 +297,13 @@ def fill(
     layout: Layout,
     rows: Sequence[int],
     blobs: Mapping[str, Sequence[bytes]],
-    attempts: Sequence[int],
+    attempts: Mapping[str, Sequence[int]],
     guard: Callable[[], None] = _nothing,
 ) -> None:
     """Write optional keys of complete rows, which stay complete all along; durable when this returns.
 
-    `blobs` holds per key one encoded value per row. A crash leaves each key absent, or exact, in each row.
+    `blobs` holds per key one encoded value per row, and `attempts` which attempt made it. A crash leaves each key
+    absent, or exact, in each row; values that may not be lost are replaced through a journal.
     """
     for key in blobs:
         again = [row for row, record in zip(rows, layout.records(key, rows), strict=True) if record["status"] == VALID]
@@ -297,7 +313,8 @@ def fill(
     layout.disk.sync([key_file(key) for key in blobs])
     for key in blobs:
         records = [
-            _record_of(key, row, attempt, blob) for row, attempt, blob in zip(rows, attempts, blobs[key], strict=True)
+            _record_of(key, row, attempt, blob)
+            for row, attempt, blob in zip(rows, attempts[key], blobs[key], strict=True)
         ]
         layout.write(record_file(key), rows, records, guard)
     layout.disk.sync([record_file(key) for key in blobs])
@@ -334,35 +351,45 @@ def restored(raw: bytes, intact: Callable[[bytes], bool]) -> bytes | None:
 
 
 # A journal is one file per row: magic, length of the head, the head in JSON, the values, and a CRC of all before it.
-_MAGIC = b"datamodels-replace-1\n"
+# That of some keys alone has a magic of its own, of the same length: older versions call it damaged and leave it.
+_MAGIC, _KEYS_MAGIC = b"datamodels-replace-1\n", b"datamodels-replace-2\n"
 
 
-def write_journal(layout: Layout, row: int, blobs: Mapping[str, bytes], info: RowInfo, run: str) -> None:
-    """The new values of a complete row, whole and durable at the side; from here on they win."""
+def write_journal(layout: Layout, row: int, blobs: Mapping[str, bytes], info: RowInfo | None, run: str) -> None:
+    """The new values of a complete row, whole and durable at the side; from here on they win.
+
+    Without `info` they replace keys of the row, which stays complete, and its other keys stay as they are.
+    """
     head = json.dumps(
         {
             "row": row,
             "run": run,
-            "attempts": info.attempts,
-            "started": info.started,
-            "seed": info.seed,
+            **({} if info is None else {"attempts": info.attempts, "started": info.started, "seed": info.seed}),
             "keys": [[key, len(blob)] for key, blob in blobs.items()],
             "failed": [key for key, blob in blobs.items() if isinstance(blob, Failed)],
         }
     ).encode()
-    body = _MAGIC + struct.pack("<I", len(head)) + head + b"".join(blobs.values())
+    magic = _MAGIC if info is not None else _KEYS_MAGIC
+    body = magic + struct.pack("<I", len(head)) + head + b"".join(blobs.values())
     layout.disk.put(f"{JOURNAL}/{row}", body + struct.pack("<I", zlib.crc32(body)))
 
 
 def apply_journal(layout: Layout, row: int, guard: Callable[[], None] = _nothing) -> None:
     """Commit the values that a journal holds, and remove it. Doing it twice is doing it once."""
-    run, info, blobs = read_journal(layout, row)
-    commit(layout, [row], {key: [blob] for key, blob in blobs.items()}, [info], run, guard)
+    run, info, held = read_journal(layout, row)
+    blobs = {key: [blob] for key, blob in held.items()}
+    if info is not None:
+        commit(layout, [row], blobs, [info], run, guard)
+    elif layout.completed([row])[0]:  # else the row was cleared, and has no keys to be replaced
+        fill(layout, [row], blobs, {key: [1] for key in blobs}, guard)
     layout.disk.remove(f"{JOURNAL}/{row}")
 
 
-def read_journal(layout: Layout, row: int) -> tuple[str, RowInfo, dict[str, bytes]]:
-    """(run, info, bytes per key) of a row's journal. `StoreError` unless it is whole and fits the row and the spec."""
+def read_journal(layout: Layout, row: int) -> tuple[str, RowInfo | None, dict[str, bytes]]:
+    """(run, info, bytes per key) of a row's journal, without info where it is of keys alone.
+
+    `StoreError` unless it is whole and fits the row and the spec.
+    """
     name, start = f"{JOURNAL}/{row}", len(_MAGIC) + 4
     try:
         # The interface has positioned reads and nothing else, so the size comes from the head.
@@ -370,13 +397,17 @@ def read_journal(layout: Layout, row: int) -> tuple[str, RowInfo, dict[str, byte
         head = json.loads(layout.disk.read(name, start, length))
         sizes = {str(key): int(size) for key, size in head["keys"]}
         raw = layout.disk.read(name, 0, start + length + sum(sizes.values()) + 4)
-        whole = raw.startswith(_MAGIC) and zlib.crc32(raw[:-4]) == struct.unpack("<I", raw[-4:])[0]
+        alone = raw.startswith(_KEYS_MAGIC)
+        whole = raw.startswith((_MAGIC, _KEYS_MAGIC)) and zlib.crc32(raw[:-4]) == struct.unpack("<I", raw[-4:])[0]
         fits = head["row"] == row and all(
-            sizes[key] == field.nbytes if key in sizes else not field.required for key, field in layout.fields.items()
+            sizes[key] == field.nbytes if key in sizes else alone or not field.required
+            for key, field in layout.fields.items()
         )
         if not whole or not fits or not set(sizes) <= set(layout.fields):
             raise ValueError
-        run, info = str(head["run"]), RowInfo(int(head["attempts"]), float(head["started"]), int(head["seed"]))
+        run, info = str(head["run"]), None
+        if not alone:
+            info = RowInfo(int(head["attempts"]), float(head["started"]), int(head["seed"]))
         failed = frozenset(map(str, head.get("failed", ())))
     except (ValueError, KeyError, TypeError, OverflowError, MemoryError, struct.error):
         raise StoreError(

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from datamodels.design import Assignment
 from datamodels.errors import RowError, StoreError
 from datamodels.store import commit as commits
 from datamodels.store.claims import TIME_TO_LIVE
@@ -29,11 +30,11 @@ class KeyStore(Store):
     """A store as those see it who fill in some optional keys of its complete rows. Make one with `KeyStore.of`.
 
     A row is complete here when it has all of these keys, or when it is not complete at all, so that there is nothing to
-    add them to. Its attempts are those at these keys, counted in their records. Nothing else of a row is written: it
-    stays complete throughout, and a crash leaves each key absent or exact.
+    add them to. The attempts at each key are counted in its records; a row's are those at the key that it lacks and
+    that was tried least often. Nothing else of a row is written: it stays complete throughout, and a crash leaves each
+    key absent or exact, or, where it is replaced, with its old value or its new one.
     """
 
-    keys: tuple[str, ...]
     whole: Layout
 
     @classmethod
@@ -54,8 +55,7 @@ class KeyStore(Store):
             raise
         store.keys, store.whole = tuple(dict.fromkeys(keys)), store.layout
         store.layout = _KeyLayout(**vars(store.whole), keys=store.keys)
-        store.required = store.written = store.keys
-        store.attempt_name = f"attempt-{'+'.join(store.keys)}"
+        store.required, store.written, store.attempt_name = (), store.keys, "attempt-keys"
         return store
 
     def within(self, rows: np.ndarray | None) -> np.ndarray | None:
@@ -71,17 +71,41 @@ class KeyStore(Store):
     def already(self, row: int) -> str:
         return f"has {', '.join(self.keys)} already, nothing to do (--worker.do_if_complete replaces them)"
 
-    def encode(self, row: int, values: Mapping[str, Any]) -> dict[str, bytes]:
-        """What would be written of a row: bytes per key. Other keys of the schema are left as they are in the store;
-        `RowError` as in `Store.encode`, and for a key that is filled in and missing."""
+    def _records(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        return {key: self.whole.records(key, rows) for key in self.keys}
+
+    def _begun(self, rows: Sequence[int], run: str) -> list[str]:
+        """Keys of which a run has begun an attempt in any of some rows."""
+        return [
+            key
+            for key, each in self._records(rows).items()
+            if ((each["status"] == KEY_STARTED) & (each["crc32"] == _mark(run))).any()
+        ]
+
+    def asked(self, assignments: Sequence[Assignment], *, replace: bool = False) -> tuple[str, ...]:
+        wanted = self.keys if replace else self._wanted(sorted(assignment.row for assignment in assignments))
+        return tuple(key for key in super().asked(assignments) if key in wanted)
+
+    def _wanted(self, rows: Sequence[int]) -> Sequence[str]:
+        """Keys that are to be made of such rows now: those of the attempt that has begun, or that any of them lacks."""
+        lacking = [key for key, each in self._records(rows).items() if (each["status"] != VALID).any()]
+        return (self._run and self._begun(rows, self._run.id)) or lacking or self.keys
+
+    def encode(self, row: int, values: Mapping[str, Any], *, replace: bool = False) -> dict[str, bytes]:
+        """What would be written of a row: bytes per key. Other keys of the schema, and those that the row has, unless
+        `replace` is given, are left as they are in the store; `RowError` as in `Store.encode`, and for a key that is
+        to be filled in now and is missing."""
         if isinstance(values, Mapping):
-            missing = [key for key in self.keys if key not in values]
+            wanted = self.keys if replace else self._wanted([row])
+            missing = [key for key in wanted if key not in values]
             if missing:
                 raise RowError(
                     f"row {row}: {', '.join(map(repr, missing))} missing; got "
                     f"{', '.join(map(repr, values)) or 'nothing'}; return what --worker.keys names"
                 )
-            values = {key: values[key] for key in values if key in self.keys or key not in self.spec.schema}
+            there = [] if replace else [key for key, each in self._records([row]).items() if each["status"] == VALID]
+            kept = set(self.keys).difference(there) or set(self.keys)
+            values = {key: values[key] for key in values if key in kept or key not in self.spec.schema}
         return super().encode(row, values)
 
     def commit_encoded(
@@ -91,39 +115,73 @@ class KeyStore(Store):
         replace: bool = False,
         infos: Mapping[int, RowInfo] | None = None,
     ) -> None:
-        """Fill in the keys of complete rows; those that a row has are left alone, unless `replace` is given."""
+        """Fill in the keys of complete rows; those that a row has are left alone, unless `replace` is given, and then
+        too where the new attempt failed. The rows' own records stay as they are, so `infos` says nothing here."""
         rows = sorted(encoded)
         if not rows:
             return
         with self._borrowing(rows), self.run.committing(rows) as guard:
+            for row in set(commits.journals(self.whole)).intersection(rows):  # applied later, it would undo this commit
+                commits.apply_journal(self.whole, row, guard)
             for row, complete in zip(rows, self.whole.completed(rows), strict=True):
                 if not complete:
                     raise StoreError(
                         f"row {row}: is not complete any more, so keys cannot be added; nothing is written"
                     )
-            lacking = {key: self.whole.records(key, rows)["status"] != VALID for key in self.keys}
-            full = ~np.any(list(lacking.values()), axis=0)
+            records = self._records(rows)
+            has = {key: each["status"] == VALID for key, each in records.items()}
+            full = np.all(list(has.values()), axis=0)
             if full.any() and not replace:
                 raise RowError(f"row {rows[int(np.argmax(full))]}: {self.already(rows[int(np.argmax(full))])}")
-            attempts = np.maximum(1, self.layout.row_records(rows)["attempts"])
-            if infos is not None:
-                attempts = np.array([infos[row].attempts for row in rows])
+            attempts = {key: np.where(has[key], 1, np.maximum(1, each["attempt"])) for key, each in records.items()}
             batches: dict[tuple[str, ...], list[int]] = {}
-            for place in range(len(rows)):
-                keys = tuple(key for key in self.keys if replace or lacking[key][place])
-                batches.setdefault(keys, []).append(place)
+            for place, row in enumerate(rows):
+                for key, blob in encoded[row].items():
+                    if isinstance(blob, commits.Failed):
+                        blob.attempt, blob.mark = int(attempts[key][place]), _mark(self.run.id)
+                old = {key: blob for key, blob in encoded[row].items() if has[key][place]}
+                new = {key: blob for key, blob in old.items() if replace and not isinstance(blob, commits.Failed)}
+                if new:
+                    self._replace(self.whole, row, new, None, guard)
+                batches.setdefault(tuple(key for key in encoded[row] if key not in old), []).append(place)
             for keys, places in batches.items():
                 batch = [rows[place] for place in places]
                 blobs = {key: [encoded[row][key] for row in batch] for key in keys}
-                commits.fill(self.whole, batch, blobs, attempts[places].tolist(), guard)
+                commits.fill(self.whole, batch, blobs, {key: attempts[key][places].tolist() for key in keys}, guard)
+
+    # ------------------------------------------------- what a worker records
 
     def begin(
-        self, rows: Sequence[int], *, complete: np.ndarray | None = None, records: np.ndarray | None = None
+        self,
+        rows: Sequence[int],
+        *,
+        complete: np.ndarray | None = None,
+        records: np.ndarray | None = None,
+        retries: int | None = None,
     ) -> list[int]:
-        records = self.layout.row_records(rows) if records is None else records
-        attempts = [int(attempt) + 1 for attempt in records["attempts"]]
-        self._write_rows(rows, commits.RUNNING, attempts, started=0.0, finished=0.0, complete=complete)
-        return attempts
+        """Count an attempt at the keys that each row lacks, without those that were tried more than `retries` times."""
+        done = self.layout.completed(rows) if complete is None else complete
+        counts = np.full(len(rows), _NEVER, np.int64)
+        for key, each in self._records(rows).items():
+            lacking = ~np.asarray(done, bool) & (each["status"] != VALID)
+            if retries is not None:
+                lacking &= each["attempt"] <= retries
+            places = np.flatnonzero(lacking).tolist()
+            self._mark_keys(key, rows, places, each["attempt"].astype(np.int64) + 1, KEY_STARTED, self.run.id)
+            counts[places] = np.minimum(counts[places], each["attempt"][places].astype(np.int64) + 1)
+        return [1 if count == _NEVER else int(count) for count in counts]
+
+    def _mark_keys(
+        self, key: str, rows: Sequence[int], places: Sequence[int], attempts: np.ndarray, status: int, run: str
+    ) -> None:
+        if len(places):
+            blobs = [
+                commits.key_record(key, rows[i], attempt=int(attempts[i]), crc32=_mark(run), status=status)
+                if attempts[i]
+                else bytes(commits.KEY_RECORD.itemsize)
+                for i in places
+            ]
+            self.whole.write(commits.record_file(key), [rows[i] for i in places], blobs, lambda: None)
 
     def _write_rows(
         self,
@@ -136,24 +194,41 @@ class KeyStore(Store):
         complete: np.ndarray | None = None,
         run: str | None = None,
     ) -> None:
-        done = self.layout.completed(rows) if complete is None else complete
-        places = [place for place in range(len(rows)) if not done[place]]
-        status = KEY_STARTED if state == commits.RUNNING else KEY_FAILED
+        """The attempts that have begun at keys of rows have failed, or, where `state` is PENDING, do not count."""
+        for key, each in self._records(rows).items():
+            places = np.flatnonzero(each["status"] == KEY_STARTED).tolist()
+            count = each["attempt"].astype(np.int64) - (state == commits.PENDING)
+            self._mark_keys(key, rows, places, count, KEY_FAILED, run or self.run.id)
+
+    def _put_failure(self, row: int, attempts: int, traceback: str, run: str, errors: Mapping[str, str] | None) -> Path:
+        records = {key: each[0] for key, each in self._records([row]).items()}
+        begun = [key for key, record in records.items() if record["status"] == KEY_STARTED]
+        files: dict[int, dict[str, str]] = {}
+        for key, words in (errors or dict.fromkeys(begun or self.keys, traceback)).items():
+            there = records[key]["status"] == VALID  # and stays
+            files.setdefault(attempts if there else int(records[key]["attempt"]), {})[key] = words
+        return [self._put_tracebacks(row, attempt, some, run) for attempt, some in sorted(files.items())][-1]
+
+    def last_error(self, row: int) -> str:
+        failed = [key for key, each in self._records([row]).items() if each["status"][0] == KEY_FAILED]
+        return next((words for key in failed if (words := self.key_error(row, key))), "")
+
+    def run_id(self, record: np.void) -> str:
+        mark = super().run_id(record)
+        names = [name.removesuffix(".json") for name in self.disk.list("runs") if name.endswith(f"{mark}.json")]
+        return names[0] if mark and names else mark
+
+    def neglected(self, rows: np.ndarray, retries: int) -> np.ndarray:
+        """Those of a mask of rows that lack keys which nobody is making, or has tried too often; ascending."""
+        found = np.zeros(self.num_models, bool)
         for key in self.keys:
-            records = self.whole.records(key, rows)
-            mine = [place for place in places if records["status"][place] != VALID]
-            if not mine:
-                continue
-            blank = state == commits.PENDING
-            blobs = [
-                bytes(commits.KEY_RECORD.itemsize)
-                if blank and not attempts[place]
-                else commits.key_record(
-                    key, rows[place], attempt=attempts[place], crc32=_mark(run or self.run.id), status=status
-                )
-                for place in mine
-            ]
-            self.whole.write(commits.record_file(key), [rows[place] for place in mine], blobs, lambda: None)
+            each = self.whole.records(key)
+            spent = (each["status"] == KEY_FAILED) & (each["attempt"] > retries)
+            found |= (each["status"] != VALID) & (each["status"] != KEY_STARTED) & ~spent
+        return np.flatnonzero(found & rows & self.whole.completed())
+
+
+_NEVER = np.iinfo(np.int64).max
 
 
 def _mark(run: str) -> int:
@@ -174,17 +249,18 @@ class _KeyLayout(Layout):
         return done
 
     def row_records(self, rows: Sequence[int] | None = None) -> np.ndarray:
-        """Records of ROW_RECORD with `state`, `attempts` and `run` of the attempts at the keys; unchecked."""
+        """Records of ROW_RECORD with `state` and `attempts` of the keys that a row lacks, and of `run` its end."""
         records = [self.records(key, rows) for key in self.keys]
-        tried = [np.where(record["status"] == VALID, 0, record["attempt"]) for record in records]
         out = np.zeros(len(records[0]), ROW_RECORD)
-        out["attempts"] = np.max(tried, axis=0)
+        lacking = np.array([record["status"] != VALID for record in records])
+        tried = np.array([record["attempt"] for record in records])
+        out["attempts"] = np.where(lacking.any(axis=0), np.where(lacking, tried, np.iinfo("u4").max).min(axis=0), 0)
         out["state"] = np.where(out["attempts"] > 0, commits.FAILED, commits.PENDING)
+        for status in (KEY_FAILED, KEY_STARTED):
+            for record in records:
+                places = np.flatnonzero(record["status"] == status)
+                marks, which = np.unique(record["crc32"][places], return_inverse=True)
+                out["run"][places] = np.array([b"%08x" % mark for mark in marks.tolist()], "S24")[which]
         for record in records:
             out["state"][record["status"] == KEY_STARTED] = commits.RUNNING
-        if rows is not None and (out["state"] == commits.RUNNING).any():
-            runs = {run[:-5][-8:]: run[:-5] for run in self.disk.list("runs") if run.endswith(".json")}
-            for record in records:
-                for place in np.flatnonzero(record["status"] == KEY_STARTED):
-                    out["run"][place] = runs.get(f"{record['crc32'][place]:08x}", "").encode()
         return out

@@ -325,6 +325,7 @@ def _commit(source: Store, target: Store, batch: Rows, convert: Convert, folders
         free = [i for i, flag in zip(mine, flags, strict=True) if not flag]
         encoded: dict[int, dict[str, bytes]] = {}
         infos: dict[int, RowInfo] = {}
+        failed = _failed_keys(source, target, batch)
         for i in free:
             row, record = batch.rows[i], batch.records[i]
             if row in folders:
@@ -333,7 +334,7 @@ def _commit(source: Store, target: Store, batch: Rows, convert: Convert, folders
                 key: convert[key](blob) if key in convert else bytes(blob)
                 for key, blobs in batch.blobs.items()
                 if (blob := blobs[i]) is not None
-            }
+            } | failed.get(row, {})
             infos[row] = RowInfo(
                 int(record["attempts"]),
                 float(record["started"]),
@@ -347,6 +348,18 @@ def _commit(source: Store, target: Store, batch: Rows, convert: Convert, folders
         for i in mine:
             run.release(batch.rows[i], done=done)
     return sorted(set(batch.rows).difference(encoded))
+
+
+def _failed_keys(source: Store, target: Store, batch: Rows) -> dict[int, dict[str, bytes]]:
+    """Per row of a batch the optional keys that failed in the source, as often as they did."""
+    failed: dict[int, dict[str, bytes]] = {}
+    for key, blobs in batch.blobs.items():
+        absent = [row for row, blob in zip(batch.rows, blobs, strict=True) if blob is None]
+        for row, record in zip(absent, source.layout.records(key, absent), strict=True):
+            if record["status"] == commits.KEY_FAILED and commits.key_record_intact(record, key, row):
+                blob = commits.Failed.of(target.field(key), attempt=int(record["attempt"]))
+                failed.setdefault(row, {})[key] = blob
+    return failed
 
 
 def _commit_key(source: Store, target: Store, batch: Rows, key: str, convert: Convert) -> list[int]:
@@ -363,7 +376,7 @@ def _commit_key(source: Store, target: Store, batch: Rows, key: str, convert: Co
                 attempts = source.layout.records(key, rows)["attempt"].tolist()
                 if key in convert:
                     blobs = [convert[key](memoryview(blob)) for blob in blobs]
-                commits.fill(target.layout, rows, {key: blobs}, attempts, guard)
+                commits.fill(target.layout, rows, {key: blobs}, {key: attempts}, guard)
     finally:
         for i in mine:
             run.release(batch.rows[i], done=False)

@@ -42,9 +42,13 @@ def parse_rows(text: str, num_models: int) -> list[int]:
     return sorted(rows)
 
 
-def failed_rows(store: Store) -> list[int]:
-    """Rows whose last attempt failed."""
-    failed = (store.layout.row_records()["state"] == commits.FAILED) & ~store.completed()
+def failed_rows(store: Store, keys: Sequence[str] = ()) -> list[int]:
+    """Rows whose last attempt failed; with `keys`, complete rows in which any of these failed."""
+    if keys:
+        tried = [store.layout.records(store.field(key).name)["status"] == commits.KEY_FAILED for key in keys]
+        failed = store.completed() & np.any(tried, axis=0)
+    else:
+        failed = (store.layout.row_records()["state"] == commits.FAILED) & ~store.completed()
     return np.flatnonzero(failed).tolist()
 
 
@@ -105,11 +109,14 @@ def _written(store: Store, rows: list[int], keys: Sequence[str]) -> np.ndarray:
 
 
 def _clear(store: Store, rows: list[int], keys: Sequence[str], guard: Callable[[], None]) -> None:
+    left = set(commits.journals(store.layout)).intersection(rows)  # applied later, they bring back what is cleared
     if keys:
+        for row in left:
+            commits.apply_journal(store.layout, row, guard)
         commits.clear_keys(store.layout, rows, keys, guard)
         return
     commits.clear(store.layout, rows, guard)
-    for row in set(commits.journals(store.layout)).intersection(rows):  # applied later, it would bring the row back
+    for row in left:
         store.disk.remove(f"{commits.JOURNAL}/{row}")
 
 

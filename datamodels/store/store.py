@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from traceback import format_exception
+from traceback import format_exception, format_exception_only
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,7 +32,7 @@ from datamodels.store.disk import PosixDisk, filesystem
 _READ_BYTES, _READ_ROWS = 1 << 26, 1 << 14
 _LOOKS, _LOOK_SECONDS = 3, 0.05  # at a row that is being replaced
 _REPLACED = "is being replaced; read it again in a moment (one that was cut short is finished when the store is opened)"
-_KEY_ATTEMPT = re.compile(r"attempt-(.+)-([0-9]+)\.json")
+_KEY_ATTEMPT = "attempt-keys"  # and its number: one file for all keys of a row that failed then
 _SIDE = re.compile(r"\.?([0-9]+)(\.[0-9]+\.partial)?")  # a journal, or one that was not finished
 
 
@@ -65,9 +65,11 @@ class Store:
         self.path, self.spec, self.design = path, spec, design
         self.num_models: int = spec.num_models
         self.layout, self.disk, self._time_to_live = layout, disk, time_to_live
-        # What a commit of a row must have and may have, and how its tracebacks are named; see `KeyStore`.
+        # What a commit of a row must have and may have, the optional keys that it is for, where it is not for the row
+        # whole, and how its tracebacks are named; see `KeyStore`.
         self.required = tuple(key for key, field in spec.schema.items() if field.required)
         self.written = tuple(spec.schema)
+        self.keys: tuple[str, ...] = ()
         self.attempt_name = "attempt"
         self._version = (0, 0)  # of spec.json when it was opened
         self._run: Run | None = None
@@ -358,6 +360,10 @@ class Store:
         """`row` as an int. `RowError` unless it is one of the store's rows that a worker may be asked to run."""
         return check_index(row, self.num_models)
 
+    def neglected(self, rows: np.ndarray, retries: int) -> np.ndarray:
+        """Those of a mask of rows that a worker which holds them leaves as they are, ascending; see `KeyStore`."""
+        return np.flatnonzero(np.zeros_like(rows))
+
     def already(self, row: int) -> str:
         """Why there is nothing to do for a complete row."""
         return "already complete, nothing to do (--worker.do_if_complete runs it again)"
@@ -397,23 +403,56 @@ class Store:
     def last_error(self, row: int) -> str:
         """Last line of the traceback of a row's last attempt, or "" where there is none."""
         attempt = int(self.layout.row_records([row])["attempts"][0])  # not the newest file: a row may have been reset
-        return _last_line(self.path / f"workers/{row}/{self.attempt_name}-{attempt}.json")
+        try:
+            report = json.loads((self.path / f"workers/{row}/attempt-{attempt}.json").read_text())
+            return _last_line(report["traceback"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def key_error(self, row: int, key: str) -> str:
         """Last line of the traceback of the last attempt at an optional key of a row, or "" where there is none."""
+        attempt = int(self.layout.records(key, [row])["attempt"][0])  # as above
+        for entry in self._tracebacks(row, attempt):
+            if key in entry["keys"]:
+                return _last_line(entry["traceback"])
+        return ""
+
+    def _tracebacks(self, row: int, attempt: int) -> list[dict[str, Any]]:
+        """What the file of an attempt at keys of a row holds: per traceback its keys, which are in no other."""
         try:
-            names = os.listdir(self.path / f"workers/{row}")
-        except OSError:
-            return ""
-        found = [match for match in map(_KEY_ATTEMPT.fullmatch, names) if match and key in match[1].split("+")]
-        last = max(found, key=lambda match: int(match[2]), default=None)
-        return _last_line(self.path / f"workers/{row}/{last[0]}") if last else ""
+            report = json.loads((self.path / f"workers/{row}/{_KEY_ATTEMPT}-{attempt}.json").read_text())
+            return [
+                {**entry, "keys": list(map(str, entry["keys"])), "traceback": str(entry["traceback"])}
+                for entry in report["failed"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def _put_tracebacks(self, row: int, attempt: int, errors: Mapping[str, str], run: str) -> Path:
+        """Write the tracebacks of keys of a claimed row, all of one attempt, to its file, beside those of others."""
+        entries = [
+            {**entry, "keys": others}
+            for entry in self._tracebacks(row, attempt)
+            if (others := [key for key in entry["keys"] if key not in errors])
+        ]
+        for words in dict.fromkeys(errors.values()):
+            keys = [key for key in errors if errors[key] == words]
+            entries.append({"keys": keys, "run": run, "time": time.time(), "traceback": words})
+        name = f"workers/{row}/{_KEY_ATTEMPT}-{attempt}.json"
+        self._put_json(name, {"row": row, "attempt": attempt, "failed": entries})
+        return self.path / name
+
+    def _put_json(self, name: str, report: Mapping[str, Any]) -> None:
+        self.disk.put(name, (json.dumps(report, indent=1) + "\n").encode())
 
     # ---------------------------------------------------------------- commit
 
-    def encode(self, row: int, values: Mapping[str, Any]) -> dict[str, bytes]:
+    def encode(self, row: int, values: Mapping[str, Any], *, replace: bool = False) -> dict[str, bytes]:
         """What would be written for a row: bytes per key. `RowError` for anything that is not exactly what the schema
-        says: a required key missing, a key unknown, another shape, a cast that loses, a value that is not finite."""
+        says: a required key missing, a key unknown, another shape, a cast that loses, a value that is not finite.
+
+        `replace`: whether what the row has is to be replaced, where it matters; see `KeyStore`.
+        """
         where = f"row {row}"
         if not isinstance(values, Mapping):
             raise RowError(
@@ -445,30 +484,21 @@ class Store:
             return field.encode(value, where=where).tobytes()
         if key in self.required and field.required:
             raise RowError(
-                f"{where}, {key!r}: main returned {type(value).__name__}: {value}; this key is required, so the row "
-                f'fails; say "required": false in the schema to keep its other keys'
+                f"{where}, {key!r}: main returned {''.join(format_exception_only(value)).strip()}; this key is "
+                f'required, so the row fails; say "required": false in the schema to keep its other keys'
             ) from value
-        blank = np.full(field.disk_shape, np.nan if field.allow_nonfinite else 0).astype(field.disk_dtype)
-        blob = commits.Failed(blank.tobytes())
-        blob.why = value
-        return blob
+        return commits.Failed.of(field, "".join(format_exception(value)))  # the exception holds all of main's frame
 
-    def failed_keys(self, row: int, blobs: Mapping[str, bytes]) -> dict[str, Path]:
-        """Keep the tracebacks of keys of a row that was committed without them; the file of each.
+    def failed_keys(self, row: int, blobs: Mapping[str, bytes]) -> Path | None:
+        """Keep the tracebacks of keys of a row that was committed without them, if there are any; their file."""
+        failed = {key: blob for key, blob in blobs.items() if isinstance(blob, commits.Failed)}
+        path = None
+        for attempt in sorted({blob.attempt for blob in failed.values()}):
+            errors = {key: blob.why for key, blob in failed.items() if blob.attempt == attempt}
+            path = self._put_tracebacks(row, attempt, errors, self.run.id)
+        return path
 
-        They are named as those of attempts to fill in that key alone (`KeyStore`), of which it was the first.
-        """
-        files = {}
-        for key, blob in blobs.items():
-            if isinstance(blob, commits.Failed):
-                name = f"workers/{row}/attempt-{key}-1.json"
-                words = "".join(format_exception(blob.why)) if blob.why is not None else ""
-                report = {"row": row, "attempt": 1, "run": self.run.id, "time": time.time(), "traceback": words}
-                self.disk.put(name, (json.dumps(report, indent=1) + "\n").encode())
-                files[key] = self.path / name
-        return files
-
-    def asked(self, assignments: Sequence[Assignment]) -> tuple[str, ...]:
+    def asked(self, assignments: Sequence[Assignment], *, replace: bool = False) -> tuple[str, ...]:
         """The keys that `main` is to return of such rows: those that the design does not fill in."""
         given = {key for assignment in assignments for key in self.audit(assignment)}
         return tuple(key for key in self.written if key not in given)
@@ -511,8 +541,10 @@ class Store:
         encoded = {}
         for position, row in enumerate(numbers):
             mine = {key: values[position] for key, values in arrays.items()}
-            encoded[row] = self.encode(row, {**self._audit_missing(row, mine), **mine})
+            encoded[row] = self.encode(row, {**self._audit_missing(row, mine), **mine}, replace=replace)
         self.commit_encoded(encoded, replace=replace)
+        for row, blobs in encoded.items():
+            self.failed_keys(row, blobs)
 
     def _audit_missing(self, row: int, given: Mapping[str, Any]) -> dict[str, Any]:
         key = self.design.mask_key(row)
@@ -544,7 +576,7 @@ class Store:
                 )
             infos = self._infos(rows) if infos is None else infos
             for row in old:
-                self._replace(row, encoded[row], infos[row], guard)
+                self._replace(self.layout, row, encoded[row], infos[row], guard)
             fresh = [row for row, flag in zip(rows, complete, strict=True) if not flag]
             stale = set(commits.journals(self.layout)).intersection(fresh)
             for keys in sorted({tuple(encoded[row]) for row in fresh}):
@@ -594,15 +626,22 @@ class Store:
             for row in borrowed:
                 self.run.release(row, done=False)
 
-    def _replace(self, row: int, blobs: Mapping[str, bytes], info: RowInfo, guard: Callable[[], None]) -> None:
+    def _replace(
+        self,
+        layout: Layout,
+        row: int,
+        blobs: Mapping[str, bytes],
+        info: RowInfo | None,
+        guard: Callable[[], None],
+    ) -> None:
         guard()
-        commits.write_journal(self.layout, row, blobs, info, self.run.id)
+        commits.write_journal(layout, row, blobs, info, self.run.id)
         try:
-            commits.apply_journal(self.layout, row, guard)
+            commits.apply_journal(layout, row, guard)
         except ClaimLost:
             # The row is another's now, and whoever opens the store would apply what was meant for it before.
             with contextlib.suppress(StoreError):
-                if commits.read_journal(self.layout, row)[0] == self.run.id:
+                if commits.read_journal(layout, row)[0] == self.run.id:
                     self.disk.remove(f"{commits.JOURNAL}/{row}")
             raise
 
@@ -617,11 +656,17 @@ class Store:
     # ------------------------------------------------- what a worker records
 
     def begin(
-        self, rows: Sequence[int], *, complete: np.ndarray | None = None, records: np.ndarray | None = None
+        self,
+        rows: Sequence[int],
+        *,
+        complete: np.ndarray | None = None,
+        records: np.ndarray | None = None,
+        retries: int | None = None,
     ) -> list[int]:
         """Count an attempt of each of some claimed rows, which ascend; the attempts so far, these included.
 
         `complete` and `records`: their flags and records, where the caller has read them since it claimed the rows.
+        `retries`: how often what failed is tried again, where that is counted for less than a row; see `KeyStore`.
         """
         records = self.layout.row_records(rows) if records is None else records
         attempts = [
@@ -640,21 +685,34 @@ class Store:
         finished: float | None = None,
         run: str | None = None,
         log: bytes = b"",
+        errors: Mapping[str, str] | None = None,
     ) -> Path:
         """Record a failed attempt of a claimed row, that ended now or `finished`; where its traceback is.
 
         `run` made the attempt, where it was not this one; `log` is what it printed, and stands beside the traceback.
+        `errors` are those of some keys, where each has its own; see `KeyStore`. Where there is no place for the
+        traceback, that is a `StoreError`, and the attempt has failed nevertheless.
         """
-        name, run = f"workers/{row}/{self.attempt_name}-{attempts}", run or self.run.id
-        report = {"row": row, "attempt": attempts, "run": run, "time": time.time(), "traceback": traceback}
+        run = run or self.run.id
         if log:
             with contextlib.suppress(StoreError):  # the traceback may still find a place
-                self.disk.put(f"{name}.log", log)
-        self.disk.put(f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
-        started = float(self.layout.row_records([row])["started"][0])
-        finished = time.time() if finished is None else finished
-        self._write_rows([row], commits.FAILED, [attempts], started=started, finished=finished, run=run)
-        return self.path / f"{name}.json"
+                self.disk.put(f"workers/{row}/{self.attempt_name}-{attempts}.log", log)
+        try:
+            return self._put_failure(row, attempts, traceback, run, errors)
+        finally:
+            started = float(self.layout.row_records([row])["started"][0])
+            finished = time.time() if finished is None else finished
+            self._write_rows([row], commits.FAILED, [attempts], started=started, finished=finished, run=run)
+
+    def _put_failure(self, row: int, attempts: int, traceback: str, run: str, errors: Mapping[str, str] | None) -> Path:
+        name = f"workers/{row}/attempt-{attempts}.json"
+        report = {"row": row, "attempt": attempts, "run": run, "time": time.time(), "traceback": traceback}
+        self._put_json(name, report)
+        return self.path / name
+
+    def run_id(self, record: np.void) -> str:
+        """The run that a row's record names."""
+        return bytes(record["run"]).decode(errors="replace")
 
     def give_back(self, row: int, attempts: int) -> None:
         """Undo `begin`: the row was stopped from outside, which says nothing against it."""
@@ -690,12 +748,8 @@ class Store:
         self.layout.write(ROWS_FILE, [rows[i] for i in fresh], records, lambda: None)
 
 
-def _last_line(path: Path) -> str:
-    """Last line of the traceback in a file of an attempt, or "" where it has none."""
-    try:
-        lines = str(json.loads(path.read_text())["traceback"]).strip().splitlines()
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+def _last_line(traceback: str) -> str:
+    lines = traceback.strip().splitlines()
     return lines[-1] if lines else ""
 
 

@@ -113,7 +113,7 @@ def test_an_optional_key_that_was_filled_in_later(store, tmp_path):
     compact(store, tmp_path / "B")
     with Store.open(store) as old:
         packed = values(3)["hit"].tobytes()
-        commits.fill(old.layout, [3], {"hit": [packed]}, [1])
+        commits.fill(old.layout, [3], {"hit": [packed]}, {"hit": [1]})
     assert compact(store, tmp_path / "B").merged.sources[0].keys == {"hit": 1}
     with Store.open(tmp_path / "B") as new:
         assert list(verify(new)) == []

@@ -54,7 +54,7 @@ def commit(layout, rows, version):
 
 
 def fill(layout, rows, version):
-    commits.fill(layout, rows, {"extra": [extra(row, version) for row in rows]}, [1] * len(rows))
+    commits.fill(layout, rows, {"extra": [extra(row, version) for row in rows]}, {"extra": [1] * len(rows)})
 
 
 def replace(layout, row, version):

@@ -1,6 +1,7 @@
 """An optional key whose value is an exception: the row is complete without it, and nothing takes it for a value."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -53,8 +54,10 @@ def test_the_rows_are_complete_and_say_what_failed(job, monkeypatch, capfd):
         assert np.isnan(store["tau"][1]).all() and store["tau"][2].tolist() == [2, 1.5]
         with pytest.raises(StoreError, match="'tau': it failed when it was to be made; .*--worker.keys=tau fills it in"):
             store.rows("tau", [1])
-        report = json.loads((store.path / "workers/1/attempt-tau-1.json").read_text())
-        assert report["traceback"].endswith("ValueError: no class has two members\n")
+        assert os.listdir(store.path / "workers/1") == ["attempt-keys-1.json"]
+        report = json.loads((store.path / "workers/1/attempt-keys-1.json").read_text())
+        assert [entry["keys"] for entry in report["failed"]] == [["tau"], ["count"]]
+        assert report["failed"][0]["traceback"].endswith("ValueError: no class has two members\n")
         state = progress(store)
         assert state.keys == {"tau": 2, "count": 2}
         assert (state.failed_keys["count"].rows, state.failed_keys["count"].first) == (2, 1)
@@ -69,7 +72,10 @@ def test_the_rows_are_complete_and_say_what_failed(job, monkeypatch, capfd):
 def test_what_failed_is_tried_again_with_worker_keys_and_nothing_else_is(job, monkeypatch, capfd):
     job.here(monkeypatch=monkeypatch)
     assert job.here("--worker.keys=tau,count", monkeypatch=monkeypatch) == 3  # twice more, and that is enough
-    assert "row 1: attempt 3 failed: ValueError: no class has two members" in capfd.readouterr().err
+    assert (
+        "row 1: attempt 3 failed: tau: ValueError: no class has two members (and 1 keys more); traceback in"
+        in capfd.readouterr().err
+    )
     with Store.open(job.path) as store:
         assert store.key_error(1, "tau") == "ValueError: no class has two members"
         assert store.layout.records("tau", [1, 3])["attempt"].tolist() == [3, 3] and store.completed().all()
