@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from datamodels.errors import MeasurementError
 
@@ -80,6 +80,11 @@ class Loss:
                 )
         for parameter in named.values():
             parameter.requires_grad_(False)
+        # where each stands in the module, a tied one more than once: `functional_call` would look for it at every call
+        self.places: list[list[tuple[dict[str, Any], str]]] = [
+            [(m._parameters, name) for m in self.module.modules() for name, p in m._parameters.items() if p is free]
+            for free in self.free.values()
+        ]
         self.start = torch.cat([p.detach().flatten() for p in self.free.values()])
         self.mask: torch.Tensor | None = None
         if any(isinstance(masks.get(name), torch.Tensor) for name in self.free):
@@ -98,8 +103,10 @@ class Loss:
 
     def value(self, parameters: list[torch.Tensor], inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss of one model, a scalar, with these in the place of its free parameters."""
-        given = dict(zip(self.free, parameters, strict=True))
-        return self._scalar(self.loss_fn(functional_call(self.module, given, (inputs,)), labels))
+        for places, parameter in zip(self.places, parameters, strict=True):
+            for holder, name in places:
+                holder[name] = parameter
+        return self._scalar(self.loss_fn(self.module(inputs), labels))
 
     def _scalar(self, loss: torch.Tensor) -> torch.Tensor:
         if loss.shape != ():
@@ -123,8 +130,11 @@ class Loss:
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message="There is a performance drop")
                 together = Together(self, rows, torch.empty_like(rows))
-                together.gradient(x, y, shared=True)
-                together.gradient(x.expand(2, *x.shape), y.expand(2, *y.shape), shared=False)
+                own = x.expand(2, *x.shape), y.expand(2, *y.shape)
+                for ask in (together.gradient, together.value):
+                    ask(x, y, shared=True)
+                    ask(*own, shared=False)
+                together.at_start(*own)
         except MeasurementError:
             raise
         except Exception as error:  # vmap has no one error for what it cannot do
@@ -172,16 +182,11 @@ class Together:
 
 
 class Alone:
-    """One row, as the module itself, whose parameters become views of it: no more calls than plain training has."""
+    """One row, its parts in place of the module's parameters: no more calls than plain training has."""
 
     def __init__(self, loss: Loss, weights: torch.Tensor, gradients: torch.Tensor):
         self.loss, self.gradients = loss, gradients
-        self.module = copy.deepcopy(loss.module)
-        named = dict(self.module.named_parameters())
-        self.leaves = [named[name] for name in loss.free]
-        for leaf, view in zip(self.leaves, loss.views(weights), strict=True):
-            leaf.data = view[0]
-            leaf.requires_grad_()
+        self.leaves = [view[0].detach().requires_grad_() for view in loss.views(weights)]
         self.slots = [view[0] for view in loss.views(gradients)]
         self.origin = [view[0] for view in loss.views(loss.start[None])]
 
@@ -201,7 +206,7 @@ class Alone:
 
     def _loss(self, inputs: torch.Tensor, labels: torch.Tensor, shared: bool) -> torch.Tensor:
         x, y = (inputs, labels) if shared else (inputs[0], labels[0])
-        return self.loss._scalar(self.loss.loss_fn(self.module(x), y))
+        return self.loss.value(self.leaves, x, y)
 
 
 def _gradients(

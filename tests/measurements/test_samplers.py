@@ -58,7 +58,8 @@ class Branching(nn.Module):
 
 
 def run(model, data, loss_fn=functional.cross_entropy, *, seed=0, masks=None, at_once=None, **settings):
-    return sample(model, loss_fn, data, Settings(**settings), seed=seed, masks=masks, at_once=at_once)
+    given = Settings(**{"checks": 20, **settings})
+    return sample(model, loss_fn, data, given, seed=seed, masks=masks, at_once=at_once)
 
 
 # -- the laws ---------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ def test_unequal_curvatures(sampler, epsilon, bias):
     H = curvatures * NBETA + gamma
     truth = (0.5 * curvatures * NBETA / H).sum()
     found = run(quadratic(curvatures), nothing(), itself, epsilon=epsilon, gamma=gamma, sampler=sampler, chains=300,
-                draws=250, burn_in=1000, thin=4)  # fmt: skip
+                draws=120, burn_in=500, thin=8)  # fmt: skip
     mean, error = mean_and_error(NBETA * found.excess)
     assert 3.5 * error < 0.03 * truth
     assert abs(mean - truth) < 3.5 * error + bias * truth
@@ -139,8 +140,8 @@ def test_sgnht_cools_what_small_batches_heat():
         return 0.5 * outputs.square().sum(-1).mean()
 
     truth = 20 * 0.5 * NBETA / (NBETA + 10)
-    settings = {"epsilon": 2e-3, "gamma": 10, "nbeta": NBETA, "batch_size": 20, "chains": 60, "draws": 200,
-                "burn_in": 300, "thin": 4}  # fmt: skip
+    settings = {"epsilon": 2e-3, "gamma": 10, "nbeta": NBETA, "batch_size": 20, "chains": 60, "draws": 150,
+                "burn_in": 200, "thin": 4, "checks": 150}  # fmt: skip
     heat = 2e-3 / 4 * NBETA**2 * 0.76**2 / 20
     hot = run(Shifted(), data, loss, **settings)
     heated, error = mean_and_error(NBETA * hot.excess)
@@ -171,7 +172,7 @@ def test_acceptance_behind_the_wall_of_a_box():
     # detailed balance. Here against a direct Metropolis computation in numpy, on one coordinate of a slope.
     slope, gamma, epsilon, half = 0.05, 3.0, 0.2, 0.5
     found = run(Potential(lambda w: slope * w.sum(), torch.zeros(1)), nothing(), itself, epsilon=epsilon, gamma=gamma,
-                box=half, chains=800, draws=100, burn_in=50)  # fmt: skip
+                box=half, chains=800, draws=100, burn_in=50, checks=100)  # fmt: skip
     rng = np.random.default_rng(0)
 
     def fold(u):
@@ -284,13 +285,13 @@ def test_losses_of_batches_and_of_all_examples_mean_the_same():
         return 0.5 * (outputs - labels).square().mean()
 
     nbeta = n / math.log(n)
-    settings = {"epsilon": 1e-3, "gamma": 20, "batch_size": 60, "chains": 40, "draws": 100, "burn_in": 250, "thin": 5}
+    settings = {"epsilon": 1e-3, "gamma": 20, "batch_size": 60, "chains": 40, "draws": 80, "burn_in": 100, "thin": 5}
     batch, every = (run(model, (x, y), loss, losses=losses, **settings) for losses in ("batch", "all"))
     np.testing.assert_array_equal(batch.trace, every.trace)
     mean, error = mean_and_error(nbeta * (batch.excess - every.excess))
     assert abs(mean) < 3.5 * error and 3.5 * error < 0.05 * nbeta * every.excess.mean()
     # the losses of the trace are not held against those of w* on the same batch: the same mean, and all its noise
-    raw, noise = mean_and_error(nbeta * (batch.trace[:, 255::5] - batch.initial_loss))
+    raw, noise = mean_and_error(nbeta * (batch.trace[:, 105::5] - batch.initial_loss))
     assert abs(raw - nbeta * every.excess.mean()) < 3.5 * noise
     # chains that do not move have no excess, whatever the batch
     still = run(model, (x, y), loss, **{**settings, "epsilon": 1e-16, "draws": 20})
@@ -445,7 +446,7 @@ def test_a_chain_that_diverges_is_stopped_and_named():
         else:
             assert np.isfinite(trace).all() and np.isfinite(found.excess[chain]).all()
     assert found.running == [c for c in range(40) if c not in found.stopped]
-    alone = run(steep, nothing(), itself, epsilon=0.06, gamma=0, chains=40, draws=60, at_once=1)
+    alone = run(steep, nothing(), itself, epsilon=0.06, gamma=0, chains=40, draws=60, checks=1, at_once=1)
     assert alone.stopped == found.stopped
 
 
