@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# The LLC of somebody's checkpoints of a ResNet, by the commands that examples/llc/run.py runs on a small network.
+#
+#   bash examples/llc/cifar.sh CHECKPOINTS DATA [FOLDER] [options of worker_scripts/llc.py]
+#
+# CHECKPOINTS is a folder of .pt, .pth or .pth.tar files (bare state_dicts, or what a training run saved; prefixes as
+# `module.` are understood), DATA what they were trained on: cifar10:DIR with CIFAR-10's batches, or
+# folder:DIR?size=224 with a folder of images for each class. Results go to FOLDER, out/llc-checkpoints if left out.
+#
+# Defaults are for a ResNet-18 on CIFAR-10, on one GPU. MODEL, NORMALISE and the options behind FOLDER change that:
+#
+#   MODEL='datamodels.learning.resnet.resnet50?num_classes=1000' NORMALISE=imagenet \
+#       bash examples/llc/cifar.sh runs/1 'folder:/data/imagenet/train?size=224' out/r50 --llc.samples=2000
+#
+# First a sweep over epsilon and gamma on the last checkpoint; then all checkpoints by the setting that it chooses, or
+# by EPSILON and GAMMA where you set them. Stop it anywhere and run it again: no row is estimated twice. CHAINS=4
+# chains of DRAWS=200 draws each; WORKERS=1.
+set -euo pipefail
+
+if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
+    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+fi
+checkpoints=$(realpath "$1")
+data=$2
+shift 2
+out=$(dirname "${BASH_SOURCE[0]}")/../../out/llc-checkpoints
+if [[ ${1:--} != -* ]]; then
+    out=$1
+    shift
+fi
+out=$(realpath --canonicalize-missing "$out")
+python=${PYTHON:-$(command -v python || command -v python3)}
+[[ $python == */* ]] && python=$(realpath --no-symlinks "$python")
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." # modules are named from the repository root
+mkdir -p "$out"
+
+chains=${CHAINS:-4} draws=${DRAWS:-200}
+model=${MODEL:-datamodels.learning.resnet.resnet18?num_classes=10&stem=cifar}
+job=(--worker.main_import=worker_scripts.llc --llc.model="$model" --llc.data="$data"
+    --llc.normalise="${NORMALISE:-cifar10}" --llc.chains="$chains" --llc.draws="$draws" "$@")
+
+# spec NAME FACTORS: a store whose rows are the combinations of the factors' levels
+spec() {
+    [[ -e $out/$1/spec.json ]] && return
+    "$python" - "$out/$1.json" "$2" "$chains" "$draws" <<'EOF'
+import json, sys
+from worker_scripts.llc import schema
+path, factors, chains, draws = sys.argv[1:]
+design = [{"role": "train", "seed": 0, "choices": json.loads(factors)}]
+json.dump({"schema": schema(int(chains), int(draws)), "design": design}, open(path, "w"), indent=1)
+EOF
+    "$python" -m datamodels.initialize_logdir --logging.logdir="$out/$1" --logging.spec="$out/$1.json"
+}
+
+if [[ -z ${EPSILON:-} || -z ${GAMMA:-} ]]; then
+    last=$("$python" -c 'import sys
+from pathlib import Path
+from datamodels.learning.foreign import read
+files = [p for p in Path(sys.argv[1]).iterdir() if p.suffix in (".pt", ".pth", ".tar")]
+print(max(files, key=lambda p: (read(p).step or 0, p.name)))' "$checkpoints")
+    spec sweep "{\"epsilon\": ${EPSILONS:-[1e-9, 1e-8, 1e-7, 1e-6, 1e-5]}, \"gamma\": ${GAMMAS:-[100, 1000, 10000]}}"
+    # One row on a few steps first: a wrong folder or option ends it here, and not row after row.
+    "$python" -m datamodels.worker --worker.smoke --worker.logdir="$out/sweep" "${job[@]}" --llc.checkpoint="$last"
+    "$python" -m datamodels.pool --pool.workers="${WORKERS:-1}" --worker.logdir="$out/sweep" "${job[@]}" \
+        --llc.checkpoint="$last"
+    "$python" -m examples.llc.show sweep "$out/sweep" --out "$out/sweep.png"
+    read -r EPSILON GAMMA < <("$python" -c 'import sys
+from pathlib import Path
+from examples.llc.show import chosen, table
+found = table(Path(sys.argv[1]))
+row = chosen(found).row
+if row is None:
+    sys.exit("no setting of the sweep will do: set EPSILON and GAMMA, or EPSILONS and GAMMAS for another sweep")
+print(found["epsilon"][row], found["gamma"][row])' "$out/sweep") || exit 1
+    "$python" -m examples.llc.show trace "$out/sweep" --out "$out/trace.png"
+fi
+
+spec curve "{\"checkpoint\": {\"files\": \"$checkpoints/*.p*t*\"}}"
+"$python" -m datamodels.pool --pool.workers="${WORKERS:-1}" --worker.logdir="$out/curve" "${job[@]}" \
+    --llc.epsilon="$EPSILON" --llc.gamma="$GAMMA"
+"$python" -m examples.llc.show curve "$out/curve" --out "$out/curve.png"

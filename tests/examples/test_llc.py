@@ -1,0 +1,119 @@
+"""The LLC examples, small: the whole way on digits, twice; and the commands for others' ResNet checkpoints."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from datamodels.learning.resnet import resnet18
+from examples.llc.train import kept_steps
+from tests.image_files import write_cifar10
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*words, env=None, code=0, seconds=300):
+    done = subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHON": sys.executable, **(env or {})}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False)  # fmt: skip
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("llc") / "out"
+    return out, command(sys.executable, "-m", "examples.llc.run", "--smoke", "--out", str(out))
+
+
+def test_from_training_to_the_curve(whole):
+    out, text = whole
+    for picture in ("sweep.png", "trace.png", "curve.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert "acceptance" in text and "95 % interval" in text and "chosen" in text
+    steps = kept_steps(200)
+    np.testing.assert_array_equal(np.sort(np.load(out / "curve/store/step.npy")), steps)
+    # each row is of a checkpoint of its own: other weights, another loss
+    assert len(set(np.load(out / "curve/store/weights_hash.npy"))) == len(steps)
+    losses = np.load(out / "curve/store/initial_loss.npy")
+    assert len(set(losses)) == len(steps)
+    last = np.argmax(np.load(out / "curve/store/step.npy"))
+    assert (np.load(out / "sweep/store/initial_loss.npy") == losses[last]).all()
+    assert np.load(out / "sweep/store/n.npy").tolist() == [1000] * 4
+
+
+def test_run_again_it_estimates_nothing_twice(whole):
+    out, _ = whole
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".npy", ".pt")}
+    text = command(sys.executable, "-m", "examples.llc.run", "--smoke", "--out", str(out))
+    assert "4 of 4 rows complete" in text and {p: p.stat().st_mtime_ns for p in before} == before
+    pool = f"--worker.logdir={out}/curve/store"
+    assert "rows are complete" in command(sys.executable, "-m", "datamodels.pool", pool,
+                                          "--worker.main_import=worker_scripts.llc", "--llc.model=a.b")  # fmt: skip
+
+
+def test_a_row_that_was_lost_is_estimated_again_and_no_other(whole):
+    out, _ = whole
+    store = out / "curve/store"
+    values = np.load(store / "llc.npy").copy()
+    command(sys.executable, "-m", "datamodels.store", "reset", str(store), "--rows=2")
+    command(sys.executable, "-m", "examples.llc.run", "--smoke", "--out", str(out))
+    np.testing.assert_array_equal(np.load(store / "llc.npy"), values)
+
+
+def test_pictures_by_command(whole, tmp_path):
+    out, _ = whole
+    show = (sys.executable, "-m", "examples.llc.show")
+    for picture in (("sweep", "sweep"), ("trace", "sweep"), ("trace", "curve"), ("curve", "curve")):
+        file = tmp_path / f"{'-'.join(picture)}.png"
+        assert str(file) in command(*show, picture[0], f"{out}/{picture[1]}/store", "--out", str(file))
+        assert file.read_bytes().startswith(b"\x89PNG")
+    assert "row 99 is not complete" in command(*show, "trace", f"{out}/curve/store", "--row=99", code=1)
+    assert "--row goes with trace" in command(*show, "curve", f"{out}/curve/store", "--row=1", code=2)
+
+
+def test_checkpoints_are_log_spaced():
+    steps = kept_steps(20_000)
+    assert steps[:6] == [0, 1, 2, 4, 8, 16] and steps[-1] == 20_000 and steps == sorted(set(steps))
+    ratios = np.array(steps[9:-1]) / np.array(steps[8:-2])
+    assert ratios.max() < 1.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cifar10", "folder"])
+def test_somebodys_resnet(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    data, stem = tmp_path / "data", "cifar"
+    if kind == "cifar10":
+        data.mkdir()
+        write_cifar10(data, train=50, test=10)
+        name, extra = f"cifar10:{data}", ["--llc.samples=16"]
+    else:
+        from PIL import Image
+
+        for label in ("cat", "dog"):
+            (data / label).mkdir(parents=True)
+            for k in range(8):
+                pixels = rng.integers(0, 256, (40, 30 + k, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(data / label / f"{k}.jpeg")
+        stem, name, extra = "imagenet", f"folder:{data}?size=32", ["--llc.split=all"]
+    (tmp_path / "runs").mkdir()
+    for epoch in (1, 5):
+        torch.manual_seed(epoch)
+        state = {f"module.{k}": v for k, v in resnet18(10, stem).state_dict().items()}
+        torch.save({"state_dict": state, "epoch": epoch, "arch": "resnet18"}, tmp_path / f"runs/epoch{epoch}.pth.tar")
+    env = {"CHAINS": "2", "DRAWS": "3", "EPSILONS": "[1e-8, 1e-7]", "GAMMAS": "[100]",
+           "MODEL": f"datamodels.learning.resnet.resnet18?num_classes=10&stem={stem}",
+           "NORMALISE": "cifar10" if kind == "cifar10" else "imagenet"}  # fmt: skip
+    options = ["bash", "examples/llc/cifar.sh", f"{tmp_path}/runs", name, f"{tmp_path}/out", "--llc.burn_in=1",
+               "--llc.batch_size=8", *extra]  # fmt: skip
+    text = command(*options, env=env, code=1)
+    assert "none chosen" in text and "no setting of the sweep will do" in text  # of three draws
+    text = command(*options, env={**env, "EPSILON": "1e-8", "GAMMA": "100"})
+    curve = tmp_path / "out/curve"
+    assert np.load(curve / "step.npy").tolist() == [1, 5] and len(set(np.load(curve / "weights_hash.npy"))) == 2
+    assert np.isfinite(np.load(curve / "llc.npy")).all() and (np.load(curve / "num_parameters.npy") > 11_000_000).all()
+    assert (tmp_path / "out/curve.png").exists()
