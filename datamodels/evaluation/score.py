@@ -264,8 +264,8 @@ def rank_correlations(
     one small matrix product ranks all draws of a target, ties included. Sums of halves below 2^24 are exact in
     float32. NaN where b is constant in the draw, 0 where only a is.
     """
-    M, T = a.shape
-    middle = np.float32(M / 2)  # the mean of L counts, whatever the draw
+    T = a.shape[1]
+    middle = counts.sum(axis=0) / np.float32(2)  # the mean of L counts over the draw
     result = np.empty((T, counts.shape[1]))
     for t in range(T):
         ranks = []

@@ -59,6 +59,7 @@ def test_a_draw_is_the_statistic_of_the_models_as_often_as_they_are_drawn(name):
     scores = rng.integers(0, 6, 9).astype(float)  # with ties
     actual = 0.5 * scores + rng.standard_normal(9)
     counts = rng.multinomial(9, np.full(9, 1 / 9), size=40)
+    counts[20:, 2:5] = 0  # as where some models have no value: a draw then has fewer than there are models
     got = statistics.correlations(scores, actual, counts)[name]
     for value, count in zip(got, counts, strict=True):
         drawn = np.repeat(np.arange(9), count)
@@ -70,6 +71,16 @@ def test_a_constant_score_predicts_nothing_and_constant_performance_cannot_be_pr
     for name in ORACLES:
         assert statistics.correlations(same, different, ones(5))[name][0] == 0, name
         assert math.isnan(statistics.correlations(different, same, ones(5))[name][0]), name
+
+
+def test_what_is_constant_in_a_draw_is_constant_whatever_rounding_says():
+    counts = np.array([[0, 0, 0, 0, 7, 0, 0], [0, 0, 0, 0, 0, 3, 0], [2, 3, 2, 0, 0, 0, 0], [1, 1, 3, 0, 0, 0, 0]])
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scores, actual = rng.standard_normal(7) / 3, rng.standard_normal(7) / 3
+        scores[:3] = scores[0]
+        for name, got in statistics.correlations(scores, actual, counts).items():
+            assert np.isnan(got[:2]).all() and got[2:].tolist() == [0, 0], name
 
 
 def test_regret_and_hit_by_hand():

@@ -38,8 +38,8 @@ class Scores:
     """Measurements, a line each; the lines of one model, data set, split and number of samples differ by their seed.
 
     models, datasets, splits: (n,) text, "" for a split that nothing says.  n_samples: (n,) int64, 0 for all there are,
-    -1 where nothing says.  values: name -> (n,) float64, NaN where a value is missing or not finite.  benefits: those
-    names whose role is `benefit`.  incomplete: rows of a store that are not complete and so not here.
+    -1 where nothing says.  values: name -> (n,) float64, NaN where one is missing; infinities count as missing too.
+    benefits: those names whose role is `benefit`.  incomplete: rows of a store that are not complete and so not here.
     """
 
     where: str
@@ -314,11 +314,7 @@ def _lines(
             number = as_number(cell)
             if number is not None and math.isfinite(number):
                 samples[line] = int(number)
-    values = {
-        name: np.where(np.isfinite(v), v, np.nan)
-        for name, v in values.items()
-        if name not in (*_NAMES, "n_samples", *_SEEDS)
-    }
+    values = {name: v for name, v in values.items() if name not in (*_NAMES, "n_samples", *_SEEDS)}
     if "dataset" not in text and (places := _places(values, on)):
         return _melted(where, text, samples, values, places)
     scores = Scores(
