@@ -105,6 +105,8 @@ def child(kind: str, asked: dict) -> int:
     if asked.pop("network", False):
         disk.filesystem = lambda path: "nfs"
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])  # of threads, too: it is for the gate
+    if kind != "write":
+        disk._SYNCS = 1  # strace follows one thread
     if asked.pop("short", False):
         whole = os.pwrite
         os.pwrite = lambda fd, data, offset: whole(fd, data[: max(1, len(data) // 2)], offset)

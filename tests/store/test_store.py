@@ -760,6 +760,112 @@ def test_a_failed_sync_fails_the_commit_and_a_retry_does_it_all_again(store, mon
     check(store, 1), check(store, 2)
 
 
+class Syncs:
+    """What commits do to files, in order. Of the syncs behind the first `after`, `together` wait for each other."""
+
+    def __init__(self, store, monkeypatch, together=1, fails=(), after=0):
+        self.store, self.fails, self.events, self.forgotten, self.most = store, fails, [], [], 0
+        self.together, self.gate = range(after, after + together), threading.Barrier(together, timeout=20)
+        self.under_way, self.lock, self.real = [], threading.Lock(), (os.pwrite, os.fdatasync)
+        monkeypatch.setattr(os, "pwrite", self.write)
+        monkeypatch.setattr(os, "fdatasync", self.sync)
+        monkeypatch.setattr(os, "posix_fadvise", lambda fd, *how: self.forgotten.append(self.name(fd)))
+
+    def name(self, fd):
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), self.store.path)
+
+    def write(self, fd, *what):
+        self.events.append(("write", self.name(fd)))
+        assert not self.under_way, "written to while the phase before is being synced"
+        return self.real[0](fd, *what)
+
+    def sync(self, fd):
+        with self.lock:
+            number = len(self.of("sync"))
+            self.events.append(("sync", self.name(fd)))
+            self.under_way.append(threading.current_thread())
+            self.most = max(self.most, len(self.under_way))
+        if number in self.together:
+            self.gate.wait()
+            time.sleep(0.2 * (self.name(fd) not in self.fails))
+        self.real[1](fd)
+        with self.lock:
+            self.under_way.remove(threading.current_thread())
+        if self.name(fd) in self.fails:
+            raise OSError(5, "Input/output error")
+
+    def of(self, what):
+        return [name for kind, name in self.events if kind == what]
+
+
+def wide(path, count):
+    """A store of so many keys, and one row's values of them."""
+    keys = {f"k{number}": [1] for number in range(count)}
+    return Store.create(path, {"num_models": 4, "schema": {key: {"shape": [], "dtype": "int8"} for key in keys}}), keys
+
+
+def test_many_files_are_synced_at_once_and_all_of_a_phase_before_the_next(tmp_path, monkeypatch):
+    store, keys = wide(tmp_path / "s", 40)
+    with store:
+        syncs = Syncs(store, monkeypatch, together=16)
+        store.commit_many([1], keys)
+        values, records = [f"{key}.npy" for key in keys], [f"_keys/{key}.npy" for key in keys]
+        phases = ["write"] * 40 + ["sync"] * 40 + ["write"] * 41 + ["sync"] * 41 + ["write", "sync"]
+        assert [kind for kind, _ in syncs.events] == phases
+        assert syncs.of("write") == [*values, *records, "_rows.npy", "_completed.npy"]
+        assert sorted(syncs.of("sync")) == sorted(syncs.of("write")) and syncs.most == 16
+        assert not [thread for thread in threading.enumerate() if "sync" in thread.name]
+        assert store.rows("k39").tolist() == [1]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02])
+def test_threads_are_started_where_the_disk_is_slower_than_they(tmp_path, monkeypatch, seconds):
+    """Which the sync of `_completed`, alone in its phase, tells."""
+    store, keys = wide(tmp_path / "s", 8)
+    started, start = [], threading.Thread.start
+    with store:
+        monkeypatch.setattr(os, "fdatasync", lambda fd: time.sleep(seconds) if seconds else None)
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: (started.append(thread), start(thread)))
+        store.commit_many([1], keys)
+        assert len(started) == 1 + 7 + 8, "the heartbeat's, and one less than files"
+        for row in (0, 2, 3):
+            store.commit_many([row], keys)
+        assert (len(started) == 16 + 3 * 15) == bool(seconds), "a fast disk may be slow once"
+
+
+def test_where_no_thread_can_be_had_the_files_are_synced_one_by_one(tmp_path, monkeypatch):
+    store, keys = wide(tmp_path / "s", 40)
+    with store:
+        syncs, start = Syncs(store, monkeypatch, together=2), threading.Thread.start
+
+        def scarce(thread):
+            if len(threading.enumerate()) >= here + 1:
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        assert store.run.take(1)
+        here = len(threading.enumerate())
+        monkeypatch.setattr(threading.Thread, "start", scarce)
+        store.commit_many([1], keys)
+        assert len(syncs.of("sync")) == 82 and syncs.most == 2
+
+
+def test_of_many_syncs_some_fail(tmp_path, monkeypatch):
+    """The first is what the commit fails with; the others under way are waited for, and none more is begun."""
+    store, keys = wide(tmp_path / "s", 40)
+    with store:
+        fails = [f"_keys/{key}.npy" for key in ("k12", "k5", "k9")]
+        syncs = Syncs(store, monkeypatch, together=16, fails=fails, after=40)
+        with pytest.raises(StoreError, match="_keys/k5.npy: Input/output error: the disk reported an error"):
+            store.commit_many([1], keys)
+        assert not syncs.under_way and sorted(syncs.forgotten) == sorted(fails)
+        begun = len(syncs.of("sync"))
+        assert begun < 40 + 41 and not store.completed().any()
+        syncs.fails = ()
+        store.commit_many([1], keys)
+        assert set(syncs.of("sync")[begun:]) == set(syncs.of("write"))
+
+
 def test_writes_on_a_network_file_system_are_synchronous(tmp_path, monkeypatch):
     monkeypatch.setattr("datamodels.store.disk.filesystem", lambda path: "nfs")
     with Store.create(tmp_path / "s", SPEC) as store:
