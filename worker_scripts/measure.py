@@ -4,9 +4,10 @@
     python -m datamodels.pool --worker.logdir=out/scan --worker.main_import=worker_scripts.measure
     python -m datamodels.store export out/scan --table scan.parquet
 
-Factors, each optional: `model`, `dataset`, `split`, `n_samples` (drawn from the split, classes in proportion; 0: all),
-`sample_seed` (what draws them), `labels` (the classes kept, as "0,3"), `keep_size` (how many examples of the split
-n_samples are drawn from). Models and data sets are named as in `datamodels.measurements.backbones` and `.datasets`; and
+Factors, each optional: `model`, `checkpoint` (a file, for a torch module), `dataset`, `split`, `n_samples` (drawn from
+the split, classes in proportion; 0: all), `sample_seed` (what draws them), `labels` (the classes kept, as "0,3"),
+`keep_size` (how many examples of the split n_samples are drawn from). Models and data sets are named as in
+`datamodels.measurements.backbones` and `.datasets`; and
 `row:STORE#ROW?factory=package.module.function` is a model of a row of another store: the function is called with those
 factors of the row that it takes, and filled with the checkpoint that the row left in its folder.
 """
@@ -77,6 +78,7 @@ def main(
     measurements: Mapping[str, Sequence[str]],
     seed: int,
     model: str | None = None,
+    checkpoint: str | None = None,
     dataset: str | None = None,
     split: str | None = None,
     n_samples: int = 0,
@@ -86,7 +88,7 @@ def main(
     smoke: bool = False,
 ) -> dict[str, Any]:
     """Measure the model of a row; values by key, and for those that failed their exceptions."""
-    row = Row.of(measurements, model=model, dataset=dataset, split=split)
+    row = Row.of(measurements, model=model, checkpoint=checkpoint, dataset=dataset, split=split)
     config = get_current_config()
     sample_seed = seed if sample_seed is None else sample_seed
     kept = [word.strip() for word in str(labels).split(",") if word.strip()]
@@ -124,11 +126,12 @@ def describe(
     *,
     measurements: Mapping[str, Sequence[str]],
     model: str | None = None,
+    checkpoint: str | None = None,
     dataset: str | None = None,
     split: str | None = None,
 ) -> str:
     """What a row would be measured for, and on what, in a few lines."""
-    row = Row.of(measurements, model=model, dataset=dataset, split=split)
+    row = Row.of(measurements, model=model, checkpoint=checkpoint, dataset=dataset, split=split)
     lines = [f"model      {row.model}"]
     lines += [
         f"data       {f'{place}: ' if row.on else ''}{name}, {part}" for place, (name, part) in row.places.items()
@@ -153,7 +156,13 @@ class Row:
 
     @classmethod
     def of(
-        cls, measurements: Mapping[str, Sequence[str]], *, model: str | None, dataset: str | None, split: str | None
+        cls,
+        measurements: Mapping[str, Sequence[str]],
+        *,
+        model: str | None,
+        checkpoint: str | None,
+        dataset: str | None,
+        split: str | None,
     ) -> Row:
         """Raises ConfigError for what neither the design nor the configuration says."""
         config = get_current_config()
@@ -180,11 +189,16 @@ class Row:
                 name, slash, part = place.rpartition("/") if on else (place, "", "")
                 name, part = (name, part) if slash else (place, split)
                 places[place] = (short_data.get(name, name), part)
-        reference = config["measure.reference"]
+        reference, model = config["measure.reference"], short_models.get(model, model)
+        if checkpoint and (not model.startswith("torch:") or "@" in model):
+            raise ConfigError(
+                f"`checkpoint` is a factor of the design, so the model must be torch:package.module.function; got "
+                f"{model!r}"
+            )
         return cls(
             tuple(names),
             tuple(on) if on else None,
-            short_models.get(model, model),
+            f"{model}@{checkpoint}" if checkpoint else model,
             short_models.get(reference, reference),
             places,
         )

@@ -27,6 +27,7 @@ from datamodels.measurements.library import attribute, parse
 
 KINDS = ("image", "text", "array")
 TRAIN_SHARE = 0.8
+_SAMPLE, _SPLIT = 0x73616D70, 0x73706C69  # "samp", "spli": what is drawn does not depend on how it was split
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -148,13 +149,13 @@ class Examples:
         return self.take(stratified_order(self.labels, seed=seed)[:count])
 
 
-def stratified_order(labels: np.ndarray, *, seed: int) -> np.ndarray:
+def stratified_order(labels: np.ndarray, *, seed: int, stream: int = _SAMPLE) -> np.ndarray:
     """A random order of the examples (n,) in which every beginning has the classes in proportion, to within one.
 
-    Inside class c examples are sorted by raw PCG64 words of the seed; the i-th of n_c has the place (i + ½)/n_c, equal
-    places in the words' order.
+    Example j gets the j-th raw word of the PCG64 of (stream, seed). Inside class c examples are sorted by their words;
+    the i-th of n_c has the place (i + ½)/n_c, equal places in the words' order.
     """
-    words = np.argsort(data.permutation(len(labels), seed=seed))  # a rank for each example, all different
+    words = np.random.PCG64(np.random.SeedSequence((stream, seed))).random_raw(len(labels))
     place = np.empty(len(labels))
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -329,7 +330,7 @@ def _part(everything: Examples, split: str) -> Examples:
         return everything
     if split not in ("train", "test"):
         raise MeasurementError(f"{everything.name}: expected the split train, test or all, got {split!r}")
-    order = stratified_order(everything.labels, seed=0)
+    order = stratified_order(everything.labels, seed=0, stream=_SPLIT)
     train = round(TRAIN_SHARE * len(order))
     chosen = np.sort(order[:train] if split == "train" else order[train:])
     if not len(chosen):

@@ -57,6 +57,12 @@ def test_calibration_error_of_known_confidence():
     assert benefits.calibration_error(logits, labels) == pytest.approx(0, abs=1e-12)
 
 
+def test_a_bin_holds_its_upper_end():
+    """Of two bins, .5 is in the first and .75 in the second: (.5 + .25) / 2; together they would cancel."""
+    logits = np.log(np.array([[0.5, 0.5], [0.75, 0.25]]))
+    assert benefits.calibration_error(logits, np.array([1, 0]), bins=2) == pytest.approx(0.375)
+
+
 def test_groups():
     right = np.array([1, 1, 1, 0, 1, 0, 0, 0, 1, 1])
     logits = np.stack([right, 1 - right], 1).astype(float)

@@ -195,6 +195,16 @@ def test_every_beginning_has_the_classes_in_proportion():
     assert not (order == datasets.stratified_order(labels, seed=4)).all()
 
 
+def test_an_order_is_the_same_in_ten_years():
+    """By the rule of the docstring, with numbers that any PCG64 gives."""
+    labels = np.array([0, 1, 0, 0, 1, 0])
+    words = np.random.PCG64(np.random.SeedSequence((0x73616D70, 7))).random_raw(6)
+    first, second = (sorted(np.flatnonzero(labels == c), key=lambda j: words[j]) for c in (0, 1))
+    expected = [first[0], second[0], first[1], first[2], second[1], first[3]]  # at 1/8, 1/4, 3/8, 5/8, 3/4, 7/8
+    assert datasets.stratified_order(labels, seed=7).tolist() == expected
+    assert words[:2].tolist() == [9902207201166223326, 12188040528079197010]
+
+
 def test_inside_a_class_every_example_is_as_likely():
     labels = np.repeat([0, 1], [8, 4])
     drawn = [datasets.stratified_order(labels, seed=seed)[:6] for seed in range(600)]

@@ -23,6 +23,7 @@ def orthogonal(d):
 
 def test_weight_norms():
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(), nn.Linear(12, 5))
+    model[0].weight.data *= 10
     found = properties.weight_norms(model)
     values = np.concatenate([p.detach().numpy().ravel() for p in model.parameters()])
     assert found["l2"] == pytest.approx(np.linalg.norm(values), rel=1e-6)
@@ -118,6 +119,9 @@ def test_equivariance_is_measured_on_what_did_not_fit_the_map():
     noise = np.random.default_rng(5).standard_normal((60, 40))
     found = properties.equivariance(lambda images: noise[::-1].copy(), IMAGES, noise, transformations="flip")
     assert found["flip"] < 0.1  # 30 examples of 40 features fit anything
+    # 15 examples of 36 pixels say little of the map of 15 others; themselves they would fit exactly
+    found = properties.equivariance(pixels, IMAGES[:30], pixels(IMAGES[:30]), transformations="flip")
+    assert 0 < found["flip"] < 0.6
 
 
 def test_transformations_are_what_their_names_say():

@@ -170,6 +170,16 @@ def test_a_table_knows_models_by_the_names_that_the_design_gives_them(tmp_path):
     assert found["published_accuracy"] == 0.75
 
 
+def test_checkpoints_as_a_factor(tmp_path):
+    net = digit_models.pretrained(8, epochs=1)
+    checkpoints.save(tmp_path / "step-1.pt", net.state_dict())
+    given = {"names": ["accuracy"], "dataset": "digits"}
+    found = run(**given, model=NET, checkpoint=str(tmp_path / "step-1.pt"))["accuracy"]
+    assert found == run(**given, model=NET.replace("epochs=3", "epochs=1"))["accuracy"]
+    with pytest.raises(ConfigError, match="the model must be torch:"):
+        run(**given, model="bert", checkpoint="a.pt")
+
+
 def test_agreement_with_a_reference():
     with configured(reference=NET):
         assert run(["agreement"], dataset="digits")["agreement"] == 1
