@@ -616,6 +616,7 @@ def test_as_json_it_is_all_there(scan, capsys):
         (["{scan}", "--k=0"], ConfigError, "--k: expected numbers of models"),
         (["{scan}", "--plot=dots"], ConfigError, "expected one of vs_samples, vs_actual, tau"),
         (["{scan}", "--actual=a", "--scores_file=b"], ConfigError, "give one"),
+        (["{scan}", "--actual_rows=lr=1"], ConfigError, "rows of the store --actual; give it too"),
         (["{scan}", "--scores_file=/no/such.yaml"], RankingError, "/no/such.yaml: cannot be read"),
         (["{scan}", "--split=train"], RankingError, "nothing was measured with split 'train'"),
         (["/no/such/store"], StoreError, "not a store"),
@@ -625,6 +626,28 @@ def test_as_json_it_is_all_there(scan, capsys):
 def test_what_cannot_be_done_is_said(scan, argv, error, told):
     with pytest.raises(error, match=told.replace("?", "\\?")):
         main([word.format(scan=scan) for word in argv])
+
+
+def test_scores_of_one_split_are_held_against_accuracy_on_another(tmp_path, capsys):
+    """Also where both are keys of the same rows; and rows of the truth are chosen, where it has more factors."""
+    number = {**NUMBER, "required": True}
+    keys = ["d_train_log_me", "d_test_log_me", "d_train_accuracy", "d_test_accuracy", "num_params"]
+    spec = {
+        "schema": dict.fromkeys(keys, number),
+        "measurements": {"names": ["log_me"], "on": ["d/train", "d/test"]},
+        "design": [{"choices": {"model": MODELS, "lr": [0.1, 0.2]}}],
+    }
+    columns = np.array([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1], [5, 4, 3, 2, 1], [1, 2, 3, 5, 4], [1, 2, 3, 4, 5]], float)
+    with Store.create(tmp_path / "store", spec, sync=False) as store:
+        store.commit_many(range(10), {key: np.repeat(columns[i], 2) for i, key in enumerate(keys)})
+    path = tmp_path / "store"
+    chosen = [path, "--rows=lr=0.1", "--split=train", "--json", "--draws=20"]
+    for more in ([], [f"--actual={path}", "--actual_rows=lr=0.2"]):
+        found = json.loads(said(capsys, *chosen, *more))
+        by_name = {row["score"]: row["tau"]["value"] for row in found["scores"]}
+        assert by_name["log_me"] == pytest.approx(0.8), "train scores, test accuracy"
+    with pytest.raises(RankingError, match="'lr' has the levels 0.1, 0.2"):
+        main([str(path)])
 
 
 def test_the_command_loads_nothing_heavy_for_its_help():
@@ -707,6 +730,19 @@ def test_lines_against_samples_are_means_with_their_spread(scan):
         np.testing.assert_allclose(line.get_ydata(), np.array(expected)[there])
     with pytest.raises(RankingError, match="needs two of them, it has 10"):
         pictures.vs_samples(scores.of(n_samples=10))
+
+
+def test_all_samples_are_more_than_any_number_of_them(tmp_path):
+    """0 is how the scan says that it takes all there are."""
+    lines = [f"{m},d,{n},0,{v + n},{v},x," for m, v in (("a", 1), ("b", 2), ("c", 3)) for n in (0, 10, 100)]
+    lines += [f"{m},d,,,,,,0.{v}" for m, v in (("a", 5), ("b", 6), ("c", 7))]
+    scores = table(tmp_path / "scan.csv", CSV + "\n".join(lines) + "\n")
+    joined = ranking.join(scores, ranking.actual_of(scores, "accuracy")[0])
+    assert (joined.n_samples, joined.scores["log_me"].ravel().tolist()) == (0, [1, 2, 3])
+    assert "scores from all samples" in ranking.lines(ranking.rank(joined, draws=20))[0]
+    axes = pictures.vs_samples(scores, metrics=["log_me"]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["10", "100", "all"]
+    assert axes.lines[0].get_ydata().tolist() == [11, 101, 1]
 
 
 def test_the_bars_of_tau_are_the_intervals():

@@ -24,14 +24,17 @@ SECTIONS = {
         ),
         "actual_name": Option(str, "its key or column there", default="accuracy"),
         "actual_split": Option(str, "its split, where there are several; left out: test"),
+        "actual_rows": Option(list, "conditions on the rows of the store --actual"),
         "scores_file": Option(str, "YAML or JSON with it instead: model: accuracy, or data set: {model: accuracy}"),
         "metrics": Option(
             list, "scores to rank by, or sums of their z-scores: log_me,log_me+num_params,-sharpness; left out: all"
         ),
         "datasets": Option(list, "data sets to rank on; left out: all"),
         "split": Option(str, "split that the scores were measured on, where there are several"),
-        "n_samples": Option(int, "samples that the scores were measured on; left out: the largest number", min=1),
-        "rows": Option(list, "conditions on the rows of the store, as in labels_kept=1,model=a|b"),
+        "n_samples": Option(
+            int, "samples that the scores were measured on, 0 for all there are; left out: most", min=0
+        ),
+        "rows": Option(list, "conditions on the rows of the store, as in labels=0|1,model=a|b"),
         "baseline": Option(str, "the score that others are held against", default="num_params"),
         "num_params": Option(str, "YAML or JSON with model: number of parameters, where they were not measured"),
         "k": Option(list, "how many models are fine-tuned, for regret@k and hit@k", default=["1", "3"]),
@@ -67,19 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--out={out}: expected a name that ends in {', '.join(ENDINGS)}")
     if options["actual"] and options["scores_file"]:
         raise ConfigError("--actual and --scores_file both say what fine-tuning reached; give one")
+    if options["actual_rows"] and not options["actual"]:
+        raise ConfigError("--actual_rows: these are rows of the store --actual; give it too")
     ks = _ks(options["k"])
 
     from datamodels.evaluation import ranking
 
-    scores = ranking.read(path, rows=options["rows"] or ())
-    if options["split"]:
-        scores = scores.of(splits=options["split"])
+    found = ranking.read(path, rows=options["rows"] or ())
+    scores = found.of(splits=options["split"]) if options["split"] else found
     if options["num_params"]:
         scores = ranking.with_parameters(scores, options["num_params"])
     if plot == "vs_samples":
-        print(_draw_samples(args, scores, out))
+        print(_draw_samples(args, scores, found, out))
         return 0
-    actual, said = _actual(args, scores)
+    actual, said = _actual(args, found)
     metrics = list(options["metrics"] or ())
     joined = ranking.join(
         scores,
@@ -94,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with tqdm(total=len(joined.scores), desc="ranking", unit="score", leave=False,
               disable=not sys.stderr.isatty()) as bar:  # fmt: skip
-        found = ranking.rank(
+        ranked = ranking.rank(
             joined,
             baseline=options["baseline"],
             ks=ks,
@@ -106,23 +110,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         from datamodels.report import figures
         from datamodels.report import ranking as pictures
 
-        print(figures.save(pictures.tau(found) if plot == "tau" else pictures.vs_actual(found), out))
+        print(figures.save(pictures.tau(ranked) if plot == "tau" else pictures.vs_actual(ranked), out))
     elif options["json"]:
-        print(json.dumps(ranking.as_json(found), indent=1))
+        print(json.dumps(ranking.as_json(ranked), indent=1))
     else:
-        print("\n".join(ranking.lines(found)))
+        print("\n".join(ranking.lines(ranked)))
     return 0
 
 
-def _draw_samples(args: Arguments, scores: Scores, out: Path) -> Path:
+def _draw_samples(args: Arguments, scores: Scores, found: Scores, out: Path) -> Path:
     from datamodels.report import figures
     from datamodels.report import ranking as pictures
 
     if args["ranking.datasets"]:
         scores = scores.of(datasets=args["ranking.datasets"])
     # What fine-tuning reached only orders the models here, so it may be missing.
-    known = args["ranking.actual"] or args["ranking.scores_file"] or args["ranking.actual_name"] in scores.values
-    actual = _actual(args, scores)[0] if known else None
+    known = args["ranking.actual"] or args["ranking.scores_file"] or args["ranking.actual_name"] in found.values
+    actual = _actual(args, found)[0] if known else None
     return figures.save(pictures.vs_samples(scores, metrics=args["ranking.metrics"] or (), actual=actual), out)
 
 
@@ -135,7 +139,8 @@ def _actual(args: Arguments, scores: Scores) -> tuple[Grid, tuple[str, ...]]:
         datasets = args["ranking.datasets"] or list(dict.fromkeys(scores.datasets.tolist()))
         return ranking.from_yaml(file, name, datasets), ()
     if args["ranking.actual"]:
-        return ranking.actual_of(ranking.read(args["ranking.actual"]), name, args["ranking.actual_split"])
+        truth = ranking.read(args["ranking.actual"], rows=args["ranking.actual_rows"] or ())
+        return ranking.actual_of(truth, name, args["ranking.actual_split"])
     if name not in scores.values:
         raise ConfigError(
             f"{scores.where}: it has no {name!r} that would say what fine-tuning reached; give --actual=STORE with "
