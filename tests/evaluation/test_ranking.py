@@ -390,6 +390,13 @@ def test_models_that_do_not_join_are_listed_with_their_nearest():
     assert joined.models == ("b",) and len(joined.notes) == 2 and "google/vit-base" in joined.notes[0]
 
 
+def test_the_nearest_of_a_path_is_what_its_last_part_names():
+    scores = scores_of(["/home/somebody/experiments/zoo/b12", "b"], m=[1, 2])
+    actual = ranking.from_mapping("file", {"B12": 0.9, "b": 0.8}, "accuracy", ["d"])
+    with pytest.raises(RankingError, match="zoo/b12' \\(nearest 'B12'\\)"):
+        ranking.join(scores, actual)
+
+
 def test_nothing_that_joins_is_an_error_even_where_unmatched_are_allowed():
     actual = ranking.from_mapping("file", {"x": {"a": 1.0}}, "accuracy", ["d"])
     with pytest.raises(RankingError, match="data set of scan is not in file: 'd'.*nothing is left to rank"):
