@@ -56,6 +56,7 @@ Section("measure", "what is measured where; the design's factors beat these").pa
     model=Param(str, "the model, where the design has no such factor"),
     dataset=Param(str, "the data set, where the design has no such factor and the spec no `on`"),
     split=Param(str, "the split, where the design has no such factor", default="test"),
+    names=Param(str, "what to measure besides the spec's, separated by spaces: for keys added later", default=""),
     reference=Param(str, "a second model, to which agreement compares the first"),
     models=Param(Names(), "short names for models: {small: torch:my.module.make?width=8}", default={}),
     data=Param(Names(), "short names for data sets: {packages: csv:a.csv?text=body&label=topic}", default={}),
@@ -119,10 +120,15 @@ def main(
     for name in filter(None, (row.model, row.reference)):
         _backbone(name, kind, *_settings())
     found = library.measure(row.names, views, on=row.on, keys=keys)
-    return {**found, **_samples(row, views, keys, config["measure.samples"])}
+    found |= _samples(row, views, keys, config["measure.samples"])
+    if not found:
+        raise ConfigError(
+            f"nothing that is measured fills {', '.join(keys)}; name what does, as in --measure.names=accuracy"
+        )
+    return found
 
 
-def describe(
+def describe_row(
     *,
     measurements: Mapping[str, Sequence[str]],
     model: str | None = None,
@@ -167,10 +173,11 @@ class Row:
         """Raises ConfigError for what neither the design nor the configuration says."""
         config = get_current_config()
         short_models, short_data = config["measure.models"], config["measure.data"]
-        names, on = measurements.get("names"), measurements.get("on")
+        names, on = [*measurements.get("names", ()), *config["measure.names"].split()], measurements.get("on")
         if not names:
             raise ConfigError(
-                'the spec does not say what to measure; expected "measurements": {"names": ["default"]} in it'
+                'the spec does not say what to measure; expected "measurements": {"names": ["default"]} in it, or '
+                "--measure.names=default"
             )
         model, split = model or config["measure.model"], split or config["measure.split"]
         if not model:

@@ -270,7 +270,7 @@ def attribute(path: str, where: str) -> Any:
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
-    """`name?a=1&b=x,y` as the name and its options: ints, floats, true and false, text; with commas, lists of them."""
+    """`name?a=1&b=x,y` as the name and its options: numbers, true, false, none, text; with commas, lists of them."""
     name, _, query = text.partition("?")
     options: dict[str, Any] = {}
     for part in filter(None, query.split("&")):
@@ -282,8 +282,9 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
+    words = {"true": True, "false": False, "none": None}
+    if text in words:
+        return words[text]
     for kind in (int, float):
         try:
             return kind(text)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
 
 import numpy as np
 
 from datamodels.errors import MeasurementError
 from datamodels.measurements import transferability
-from datamodels.measurements.library import measurement
+from datamodels.measurements.library import Measurement, measurement
 
-if TYPE_CHECKING:
-    import torch
-
-
-@measurement(infinite=True)
-def log_me(features: np.ndarray, labels: np.ndarray) -> float:
-    """Largest log evidence of a linear model on the features; inf where they fit a class exactly."""
-    return transferability.log_me(features, labels)
+log_me = Measurement("log_me", transferability.log_me, infinite=True)  # where features fit a class exactly
+h_score = Measurement("h_score", transferability.h_score)
+h_score_shrunk = Measurement("h_score_shrunk", functools.partial(transferability.h_score, shrinkage=True))
+parc = Measurement("parc", transferability.parc)
+linear_probe = Measurement("linear_probe", transferability.linear_probe)
+num_params = Measurement("num_params", transferability.num_params)
 
 
 @measurement()
@@ -31,36 +29,6 @@ def leep(logits: np.ndarray, labels: np.ndarray) -> float:
 def nce(logits: np.ndarray, labels: np.ndarray) -> float:
     """Negative conditional entropy of the labels given the model's predicted classes."""
     return transferability.nce(logits.argmax(1), labels)
-
-
-@measurement()
-def h_score(features: np.ndarray, labels: np.ndarray) -> float:
-    """Variance of the class means in units of the features' own; of few examples chance alone gives much of it."""
-    return transferability.h_score(features, labels)
-
-
-@measurement()
-def h_score_shrunk(features: np.ndarray, labels: np.ndarray) -> float:
-    """The same with the features' covariance shrunk, which bears few examples."""
-    return transferability.h_score(features, labels, shrinkage=True)
-
-
-@measurement()
-def parc(features: np.ndarray, labels: np.ndarray, dims: int = 32) -> float:
-    """How far examples with different labels have different features, −100 to 100."""
-    return transferability.parc(features, labels, dims=dims)
-
-
-@measurement()
-def linear_probe(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> float:
-    """Held-out accuracy of logistic regression on the features."""
-    return transferability.linear_probe(features, labels, seed=seed)
-
-
-@measurement()
-def num_params(model: torch.nn.Module) -> float:
-    """How many parameters the model has."""
-    return transferability.num_params(model)
 
 
 @measurement()

@@ -134,7 +134,7 @@ def test_options_and_another_name():
     [
         ("a", ("a", {})),
         ("a?b=1&c=x", ("a", {"b": 1, "c": "x"})),
-        ("a?b=1.5,2&c=true&d=false&e=-3", ("a", {"b": [1.5, 2], "c": True, "d": False, "e": -3})),
+        ("a?b=1.5,2&c=true&d=false,none&e=-3", ("a", {"b": [1.5, 2], "c": True, "d": [False, None], "e": -3})),
         ("csv:/a/b.csv?text=t", ("csv:/a/b.csv", {"text": "t"})),
     ],
 )

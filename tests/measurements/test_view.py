@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 
 from datamodels.errors import MeasurementError
 from datamodels.measurements import library
 from datamodels.measurements.backbones import Answer, Backbone, Module, _arrays
-from datamodels.measurements.datasets import Examples
+from datamodels.measurements.datasets import Examples, ImageFiles
 from datamodels.measurements.library import NEEDS, Unmet, measure
 from datamodels.measurements.view import View
 
@@ -162,6 +163,30 @@ def test_a_reference_is_a_second_model_on_the_same_examples():
     assert measure(["agreement"], {"": view})["agreement"] == share
     found = measure(["agreement"], {"": View(backbone(), EXAMPLES)})
     assert "name it with measure.reference" in str(found["agreement"])
+
+
+def test_images_stay_in_their_files_until_a_batch_needs_them(tmp_path):
+    opened = []
+
+    class Watched(ImageFiles):
+        def open(self):
+            opened.append(len(self))
+            return super().open()
+
+        def __getitem__(self, index):
+            return Watched(self.paths[index], self.size)
+
+    for i, image in enumerate(INPUTS[:10]):
+        Image.fromarray(np.rint(image[0] * 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    files = Watched(sorted(tmp_path.iterdir()))
+    examples = Examples("files", "image", files, LABELS[:10], ("dark", "light"), np.arange(10))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    view = View(Backbone("net", Module(net, "net"), _arrays).ready("cpu"), examples, batch_size=4)
+    logits = net(torch.from_numpy(INPUTS[:10]).repeat(1, 3, 1, 1)).detach()
+    np.testing.assert_allclose(view["logits"], logits, atol=0.01)  # eight bits a pixel
+    assert opened == [4, 4, 2]
+    assert view["inputs"].shape == (10, 3, 4, 4)
 
 
 def test_texts_of_like_length_go_together_and_come_back_in_order():

@@ -148,7 +148,7 @@ def test_short_names_and_defaults():
         found = run(["accuracy"], model=None)
         assert found["accuracy"] == run(["accuracy"], dataset=TURNED, split="train", model=NET)["accuracy"]
         assert set(run(["accuracy"], ["t/test"], keys=("t_test_accuracy",))) == {"t_test_accuracy"}
-        said = measure.describe(measurements={"names": ("top_k_accuracy?k=3",)})
+        said = measure.describe_row(measurements={"names": ("top_k_accuracy?k=3",)})
     assert said.splitlines() == [
         f"model      {NET}",
         f"data       {TURNED}, train",
@@ -168,6 +168,14 @@ def test_a_table_knows_models_by_the_names_that_the_design_gives_them(tmp_path):
     with configured(models={"small": NET}):
         found = run([f"published_accuracy?table={tmp_path}/scores.yaml"], dataset="digits", model="small")
     assert found["published_accuracy"] == 0.75
+
+
+def test_what_fills_a_key_that_was_added_later():
+    given = {"names": ["num_params"], "dataset": "digits", "keys": ("accuracy",)}
+    with pytest.raises(ConfigError, match="nothing that is measured fills accuracy"):
+        run(**given)
+    with configured(names="nll accuracy"):
+        assert set(run(**given)) == {"accuracy"}
 
 
 def test_checkpoints_as_a_factor(tmp_path):
@@ -269,11 +277,15 @@ def test_one_of_several_checkpoints(tmp_path):
 # -------------------------------------------------------------------------------------------------- whole stores
 
 
-def work(*argv):
-    command = [sys.executable, "-W", "ignore", "-m", "datamodels.worker", "--worker.main_import=worker_scripts.measure"]
-    done = subprocess.run([*command, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, check=False)
+def command(argv):
+    words = [sys.executable, "-W", "ignore", "-m", *argv]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def work(*argv):
+    return command(["datamodels.worker", "--worker.main_import=worker_scripts.measure", *argv])
 
 
 @pytest.mark.slow
@@ -290,9 +302,13 @@ def test_rows_of_the_scan_that_ships(tmp_path):
         probe = store.rows("linear_probe", rows)
         assert np.isfinite(probe).all()
         by = {(c["model"], c["dataset"]): p for c, p in zip(choices, probe, strict=True)}
+        assert (store.rows("seconds_log_me", rows) > 0).all() and (store.rows("seconds_inference", rows) > 0).all()
         best = by["torch:worker_scripts.digit_models.pretrained?width=64", "digits"]
         assert best > by["torch:worker_scripts.digit_models.pretrained?width=8", "digits"]
-        assert (store.rows("seconds_log_me", rows) > 0).all() and (store.rows("seconds_inference", rows) > 0).all()
+    command(["datamodels.store", "add-key", f"{tmp_path}/scan", "nce", "--dtype=float64"])
+    work(logdir, "--worker.keys=nce", "--measure.names=nce")
+    with Store.open(tmp_path / "scan") as store:
+        assert (store.rows("nce", rows) < 0).all()
 
 
 @pytest.mark.slow
