@@ -99,7 +99,6 @@ def _evidence(found: Spectrum, counts: np.ndarray, *, exact: bool = False) -> tu
     t = np.exp(low)
     quad = quadratic(t[:, None] / (sigma + t[:, None]))
     value = -0.5 * np.log(2 * np.pi * np.e * quad / n) - np.log1p(sigma / t[:, None]).sum(axis=1) / (2 * n)
-    value = np.maximum(value, on_grid.max(axis=1))
     if exact:
         return np.where((rest == 0) & (len(sigma) < n), np.inf, value), True
     lost = counts / quad if n > found.d else 1.0  # by cancellation
