@@ -148,6 +148,31 @@ def test_a_row_that_fails_on_the_first_rank_ends_all(tmp_path):
     assert len(job.notes()) == 2 and job.attempts == [0, 0, 1, 0]
 
 
+RETURNS = (
+    HEAD
+    + """
+def main(index, keys):
+    note(index=index, keys=keys)
+    total(1)
+    return {'x': 1.0, 'a': ValueError('no a') if index == 1 and 'a' in keys else 2.0, 'b': 3.0}
+"""
+)
+
+
+def test_a_key_that_failed_on_the_first_rank_ends_none(tmp_path):
+    spec = plain(3)
+    spec["schema"] |= {key: {"shape": [], "dtype": "float64", "required": False} for key in "ab"}
+    job = Ranks(tmp_path, spec, RETURNS)
+    with Store.open(job.path, sync=False) as store:
+        store.commit_many(range(3), {"x": np.zeros(3)})
+    code, out, err = finish(job.torchrun("--worker.keys=a,b", "--worker.retries=1"))
+    assert "2 rows committed, 2 attempts failed; 1 rows of the store failed too often" in out, err
+    assert "row 1: attempt 1 failed: a: ValueError: no a; traceback in" in err and "it will be tried again" in err
+    assert code == 1 and "exitcode  : 3" in err  # torchrun's own, and the worker's: not 1, as when a rank is of no use
+    asked = {rank: [n["keys"] for n in job.notes() if n["index"] == 1 and n["rank"] == rank] for rank in (0, 1)}
+    assert asked == {rank: [["a", "b"], ["a"]] for rank in (0, 1)}
+
+
 STAYS = (
     HEAD
     + """

@@ -276,8 +276,10 @@ class Store:
     def having(self, key: str, rows: Sequence[int] | None = None) -> np.ndarray:
         """Which of some rows, which ascend, have an optional key, bool (len(rows),); None is all rows.
 
-        One whose record is damaged counts: who reads it is told so, and it does not pass for one that lacks the key.
+        One whose record is damaged counts, and so does one that is being replaced: who reads it is told so, and it does
+        not pass for one that lacks the key.
         """
+        before = commits.journals(self.layout)
         records = self.layout.records(key, rows)
         having: np.ndarray = records["status"] == commits.VALID
         for place in np.flatnonzero(~having & records.view("u4").reshape(-1, 4).any(axis=1)).tolist():
@@ -285,7 +287,23 @@ class Store:
             if not commits.key_record_intact(records[place], key, row):  # or it was being written just then
                 again = self.layout.records(key, [row])[0]
                 having[place] = again["status"] == commits.VALID or not commits.key_record_intact(again, key, row)
+        for row in {*before, *commits.journals(self.layout)}.intersection(
+            range(self.num_models) if rows is None else rows
+        ):
+            place = row if rows is None else list(rows).index(row)
+            if not having[place]:
+                having[place] = (
+                    self._replaces(row, key) or self.layout.records(key, [row])["status"][0] == commits.VALID
+                )
         return having
+
+    def _replaces(self, row: int, key: str) -> bool:
+        """Whether a row has a journal, and this has a value of the key."""
+        try:
+            blob = commits.read_journal(self.layout, row)[2].get(key)
+        except StoreError:  # it has just been applied
+            return False
+        return blob is not None and not isinstance(blob, commits.Failed)
 
     def _indices(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """`rows` as int64. `RowError` unless each is an int in [0, num_models)."""

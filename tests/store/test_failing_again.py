@@ -182,6 +182,13 @@ def test_a_replacement_that_was_cut_short_does_not_bring_back_what_is_cleared(cu
         assert os.listdir(store.path / "_replace") == [] and store.layout.records("a")["status"].tolist() == [0] * 4
 
 
+def test_a_key_that_is_being_replaced_does_not_pass_for_one_that_a_row_lacks(cut_short):
+    commits.clear_keys(cut_short.layout, [0], ["a"])
+    with pytest.raises(StoreError, match="row 0, 'a': is being replaced"):
+        cut_short.rows("a")
+    assert cut_short.rows("b").tolist() == []
+
+
 def test_the_journal_of_keys_is_checked(cut_short):
     path = cut_short.path / "_replace/0"
     whole = path.read_bytes()
