@@ -18,8 +18,8 @@ from datamodels.errors import ConfigError
 from datamodels.executors import gpus, ray, slurm
 from datamodels.executors.base import Executor
 from datamodels.executors.local import LocalExecutor, cores
-from datamodels.executors.share import HOPELESS, Judge, Share
-from datamodels.executors.watch import Watch, failures, undone
+from datamodels.executors.share import Judge, Share
+from datamodels.executors.watch import Watch, failures, lacking, undone
 from datamodels.row_filter import select
 from datamodels.running import snapshot
 from datamodels.store.keys import opened
@@ -99,18 +99,16 @@ def run_pool(
             if asked:  # Python drops what is raised while it is in a finaliser, or in a callback from C
                 raise Interrupted(asked[0])
             time.sleep(0.2)
-            done = watch.look(executor.waiting())
+            ended = executor.ended()
+            done = watch.look(executor.waiting(), now=bool(ended))
             if done == share.count:
                 executor.withdraw()
-            if judge.hopeless(executor.running(), done):
+            if why := judge.hopeless(executor.running() + len(ended)):
                 _stop(executor, share)
                 watch.close()
-                say(
-                    f"stopped: every worker fails, {HOPELESS} rows or more, and none was finished; try one "
-                    f"with --worker.smoke before you run them all"
-                )
+                say(f"stopped: {why}")
                 return _report(share, say)
-            for end in executor.ended():
+            for end in ended:
                 if end.wanted or done == share.count or (end.code in (0, GAVE_UP) and not share.free()):
                     continue
                 if end.code == 2 and judge.begun():
@@ -189,9 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.given("pool.rows"):
             rows = select(store.design, args["pool.rows"], where=f"--pool.rows ({args.where('pool.rows')})")
         share = Share(store, store.within(rows))
-        full = f"all {share.count} rows{share.kind} are complete"
         if bool(share.completed().all()):
-            print(full)
+            print(_full(share))
             return 0
         if args["pool.snapshot"]:
             args.rest.append(f"--worker.snapshot={snapshot.take(store.path, args['worker.main_import'])}")
@@ -204,8 +201,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         code = run_pool(share, executor, workers)
         if code == 0:
-            print(full)
+            print(_full(share))
         return code
+
+
+def _full(share: Share) -> str:
+    failed = share.failed_keys()
+    return f"all {share.count} rows{share.kind} are complete{'; ' if failed else ''}{lacking(share, failed)}"
 
 
 def _local(args: cli.Arguments, logs: Path) -> tuple[int, Executor]:

@@ -261,8 +261,10 @@ def _work(
             f"in {', '.join(store.keys)}; run this again when they have ended",
             file=sys.stderr,
         )
+    tally = worker.tally
     print(
-        f"{worker.tally.committed} rows committed, {worker.tally.failed} attempts failed"
+        f"{tally.committed} rows committed, {tally.failed} attempts failed"
+        + (f"; {tally.keys_failed} keys failed in {tally.rows_without} of these rows" if tally.keys_failed else "")
         + (f"; {given_up} rows of the store failed too often to be tried again" if given_up else "")
     )
     return 1 if worker.broken else GAVE_UP if given_up or left else 0

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from datamodels.executors.share import Judge, Share
+from datamodels.executors.watch import Watch
 from datamodels.store import Store
+from datamodels.store.keys import opened
 from tests.jobs import CALLED, Job, alive, finish, plain, until
 
 WORKS = (
@@ -437,35 +439,143 @@ def test_rows_that_fail_in_one_place_do_not_stop_those_that_train(tmp_path):
     assert job.attempts == [1] * 300
 
 
-def test_the_judge_asks_twice_and_looks_at_the_rows_in_hand(tmp_path):
-    Store.create(tmp_path / "store", plain(40), sync=False).close()
-    with Store.open(tmp_path / "store") as one, Store.open(tmp_path / "store") as two:
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+def optional(rows, *keys):
+    scalar = {"shape": [], "dtype": "float64", "required": False}
+    return {"num_models": rows, "schema": {**plain(rows)["schema"], **dict.fromkeys(keys, scalar)}}
+
+
+@pytest.mark.parametrize("keys", [None, ["a"]])
+def test_the_judge_asks_twice_and_looks_at_the_rows_in_hand(tmp_path, monkeypatch, keys):
+    clock = Clock()
+    monkeypatch.setattr("datamodels.executors.share.time", clock)
+    with Store.create(tmp_path / "store", optional(40, "a"), sync=False) as store:
+        if keys:
+            store.commit_many(range(40), {"x": np.zeros(40)})
+    with opened(tmp_path / "store", keys) as one, opened(tmp_path / "store", keys) as two:
         judge = Judge(Share(one))
-        for row in range(21):
-            store = one if row else two  # one of them has failed a single row
+
+        def looks(workers, seconds=1.0):
+            clock.now += seconds
+            return bool(judge.hopeless(workers))
+
+        def begin(store, row):
             assert store.run.take(row)
             store.begin([row])
-            time.sleep(0.1 if row == 7 else 0)
+
+        def fail(store, row):
             store.fail(row, 1, "bad")
             store.run.release(row, done=False)
-        assert not judge.hopeless(3, 0)  # a third worker has not been heard of
-        time.sleep(1)
-        assert not judge.hopeless(2, 0)  # the first time
-        time.sleep(0.8)
-        assert two.run.take(30)
-        two.begin([30])
-        time.sleep(1)
-        assert not judge.hopeless(2, 0)  # it lasts longer than any took to fail
-        two.fail(30, 1, "bad")
-        two.run.release(30, done=False)
-        time.sleep(0.8)
-        assert two.run.take(31)
-        two.begin([31])
-        time.sleep(0.25)
-        assert not judge.hopeless(2, 0)  # no longer than one took: the first time
-        time.sleep(0.02)
-        two.run.release(31, done=False)  # as if it had been killed: its record says that it is running
-        time.sleep(1)
-        assert judge.hopeless(2, 0)
-        time.sleep(1)
-        assert not judge.hopeless(2, 1)
+
+        assert not judge.begun()
+        begin(two, 0)
+        assert judge.begun() and not looks(2)
+        fail(two, 0)
+        for row in range(1, 21):
+            begin(one, row)
+            fail(one, row)
+        assert not looks(3) and not looks(3)  # a third worker has not been heard of
+        begin(two, 30)
+        assert not looks(2)  # the first time
+        assert not looks(2, 0.9)  # too soon
+        assert not looks(2, 2)  # it lasts longer than any took to fail
+        fail(two, 30)
+        begin(two, 31)
+        assert not looks(2) and looks(2, 2)  # no longer than one took: twice
+        two.commit_many([31], {"a": [1.0]} if keys else {"x": [1.0]})
+        two.run.release(31, done=True)
+        assert not looks(2) and not looks(2) and not looks(2)
+
+
+def test_the_judge_of_keys_that_all_rows_lose(tmp_path, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("datamodels.executors.share.time", clock)
+    with Store.create(tmp_path / "store", optional(90, "a", "b", "c", "old"), sync=False) as store:
+        lost = {"a": ValueError("no"), "old": ValueError("known")}
+
+        def commit(rows, **values):
+            for row in rows:
+                store.commit_many([row], {key: [value] for key, value in {"x": 0.0, **values}.items()})
+
+        def verdict():
+            clock.now += 1
+            judge.hopeless(1)
+            clock.now += 1
+            return judge.hopeless(1)
+
+        commit([0], old=ValueError("known"))
+        judge = Judge(Share(store))
+        commit(range(1, 20), **lost, b=1.0)
+        assert not verdict()  # nineteen
+        commit([20], **lost, c=ValueError("once"))
+        assert verdict().startswith("a failed in every row, 20 or more, as in row 1: ValueError: no; the rows are ")
+        commit([21], **lost, b=1.0)
+        assert verdict()
+        commit([22], a=1.0)
+        assert not verdict()
+        commit(range(23, 60), a=ValueError("no"))
+        assert not verdict()  # not in every row
+        judge = Judge(Share(store))
+        commit(range(60, 90), a=ValueError("no"))
+        assert not verdict()  # known
+
+
+LOSES = """
+import os, time
+def main(index, keys):
+    time.sleep(0.05)
+    if os.path.exists("raises"):
+        raise ValueError("no labels")
+    return {key: ValueError("no labels") if key == "a" else 1.0 for key in keys}
+"""
+
+
+def test_a_key_that_every_row_loses_stops_the_pool_once(tmp_path):
+    job = Pool(tmp_path, optional(160, "a", "b"), LOSES)
+    code, out, err = job.run("--pool.workers=2")
+    done = sum(job.completed)
+    assert code == 1 and 20 <= done < 160
+    assert re.search(r"row \d+: a failed, ValueError: no labels; see .*/workers/\d+\n", err)
+    assert re.search(r"stopped: a failed in every row, 20 or more, as in row \d+: ValueError: no labels; the rows", err)
+    assert f"\n{done} keys failed in {done} rows: a in {done}; see python -m datamodels.store status" in err
+    code, out, err = job.run("--pool.workers=2")
+    assert (code, sum(job.completed)) == (0, 160)
+    assert re.search(r"160/160 rows, .*, 160 keys failed in 160 rows\n", err)
+    expected = "all 160 rows are complete; 160 keys failed in 160 rows: a in 160; see python -m datamodels.store "
+    assert out.startswith(f"{expected}status {job.path}; when the cause is gone, --worker.keys=a fills them in\n")
+    assert job.run("--pool.workers=2")[:2] == (0, out)
+
+    (tmp_path / "raises").touch()
+    before = np.load(job.path / "_keys/a.npy")["attempt"].sum()
+    code, out, err = job.run("--pool.workers=2", "--worker.keys=a")
+    again = np.load(job.path / "_keys/a.npy")["attempt"].sum() - before
+    assert code == 1 and "stopped: every worker fails, 20 rows or more" in err and 20 <= again < 160
+    assert "--worker.index=<row> --worker.keys=a runs a row again" in err
+
+
+def test_a_store_that_takes_long_to_read_is_looked_at_less_often(tmp_path, monkeypatch):
+    with Store.create(tmp_path / "store", plain(4), sync=False) as store:
+        clock, looks = Clock(), []
+        monkeypatch.setattr("datamodels.executors.watch.time", clock)
+        watch = Watch(share := Share(store), progress=False)
+
+        def completed():
+            looks.append(clock.now)
+            clock.now += 0.1
+            return np.array([True] * len(looks) + [False] * 3)[:4]
+
+        monkeypatch.setattr(share, "completed", completed)
+        monkeypatch.setattr(share, "failed_keys", dict)
+        assert [watch.look(), watch.look()] == [1, 1]
+        clock.now += 1.9
+        assert watch.look() == 1
+        clock.now += 0.2
+        assert [watch.look(), watch.look(), watch.look(now=True)] == [2, 2, 3] and len(looks) == 3
+        watch.close()

@@ -37,6 +37,8 @@ class Tally:
     committed: int = 0
     failed: int = 0  # attempts that failed
     given_up: int = 0  # rows among them that will not be tried again
+    keys_failed: int = 0  # optional ones, of rows that were committed
+    rows_without: int = 0  # rows among these that miss any
 
 
 class Worker:
@@ -466,8 +468,10 @@ class Worker:
             place = f"; traceback in {self.store.failed_keys(row, blobs)}"
         except StoreError as full:
             place = f"; and its traceback could not be kept ({full})"
+        self.tally.rows_without += 1
         for key, blob in blobs.items():
             if isinstance(blob, commits.Failed):
+                self.tally.keys_failed += 1
                 print(
                     f"row {row}: {key} failed: {_end(blob.why)}{place}; the row is complete without it",
                     file=sys.stderr,

@@ -48,6 +48,7 @@ def test_the_rows_are_complete_and_say_what_failed(job, monkeypatch, capfd):
     assert "asked for ('x', 'tau', 'count') {'names': ('tau',), 'on': ('digits/test',)}" in out
     assert "row 1: tau failed: ValueError: no class has two members; traceback in" in err
     assert "the row is complete without it" in err and "row 0" not in err
+    assert "4 rows committed, 0 attempts failed; 4 keys failed in 2 of these rows\n" in out
     with Store.open(job.path) as store:
         assert store.completed().all() and list(verify(store)) == []
         assert store.layout.records("tau")["status"].tolist() == [commits.VALID, commits.KEY_FAILED] * 2
