@@ -121,6 +121,7 @@ class KeyStore(Store):
         if not rows:
             return
         with self._borrowing(rows), self.run.committing(rows) as guard:
+            had = {key: each["status"] == VALID for key, each in self._records(rows).items()}
             for row in set(commits.journals(self.whole)).intersection(rows):  # applied later, it would undo this commit
                 commits.apply_journal(self.whole, row, guard)
             for row, complete in zip(rows, self.whole.completed(rows), strict=True):
@@ -130,7 +131,7 @@ class KeyStore(Store):
                     )
             records = self._records(rows)
             has = {key: each["status"] == VALID for key, each in records.items()}
-            full = np.all(list(has.values()), axis=0)
+            full = np.all(list(had.values()), axis=0)
             if full.any() and not replace:
                 raise RowError(f"row {rows[int(np.argmax(full))]}: {self.already(rows[int(np.argmax(full))])}")
             attempts = {key: np.where(has[key], 1, np.maximum(1, each["attempt"])) for key, each in records.items()}
@@ -140,7 +141,11 @@ class KeyStore(Store):
                     if isinstance(blob, commits.Failed):
                         blob.attempt, blob.mark = int(attempts[key][place]), _mark(self.run.id)
                 old = {key: blob for key, blob in encoded[row].items() if has[key][place]}
-                new = {key: blob for key, blob in old.items() if replace and not isinstance(blob, commits.Failed)}
+                new = {
+                    key: blob
+                    for key, blob in old.items()
+                    if (replace or not had[key][place]) and not isinstance(blob, commits.Failed)
+                }
                 if new:
                     self._replace(self.whole, row, new, None, guard)
                 batches.setdefault(tuple(key for key in encoded[row] if key not in old), []).append(place)

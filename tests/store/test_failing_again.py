@@ -165,9 +165,10 @@ def test_a_replacement_that_was_cut_short_does_not_undo_what_is_committed_after_
     with KeyStore.of(cut_short.path, ["b"]) as filler:
         assert cut_short.rows("a").tolist() == [2.0], "to open the store is to finish it"
         commits.write_journal(filler.whole, 0, {"b": np.float64(3).tobytes()}, None, "of another that died")
+        filler.commit_many([0], {"b": [4.0]})  # of a row that lacked it when the attempt began
+        assert filler.rows("b").tolist() == [4.0]
         with pytest.raises(RowError, match="row 0: has b already"):
-            filler.commit_many([0], {"b": [4.0]})
-        filler.commit_many([0], {"b": [4.0]}, replace=True)
+            filler.commit_many([0], {"b": [5.0]})
     with Store.open(cut_short.path) as store:
         assert store.rows("b").tolist() == [4.0] and os.listdir(store.path / "_replace") == []
 
