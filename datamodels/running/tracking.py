@@ -19,6 +19,7 @@ import numpy as np
 
 from datamodels.errors import ConfigError
 from datamodels.store import Store
+from datamodels.store import commit as commits
 
 _FINISH = 60.0  # seconds
 
@@ -60,7 +61,8 @@ class Tracker:
             values: dict[str, Any] = {"row": row, **{f"choices/{name}": value for name, value in choices.items()}}
             for key, blob in blobs.items():
                 field = self._store.field(key)
-                if field.shape == () and field.value_dtype.kind in "biuf":
+                failed = isinstance(blob, commits.Failed)
+                if field.shape == () and field.value_dtype.kind in "biuf" and not failed:
                     values[key] = field.decode(np.frombuffer(blob, field.disk_dtype))[0].item()
             self._run.log(values)
         except Exception as error:

@@ -20,7 +20,9 @@ SPEC = {
 MAIN = """
 def main(index, mask):
     if index == 3: raise ValueError('bad')
-    return {'x': [1, 2, 3], 'loss': index / 4, **({'steps': index} if index else {})}
+    return {'x': [1, 2, 3], 'loss': index / 4, **({'steps': steps(index)} if index else {})}
+def steps(index):
+    return index if index < 5 else ValueError('not counted')
 """
 
 
@@ -82,7 +84,8 @@ def test_one_run_per_worker_and_a_step_per_row(tmp_path):
         "choices/width": 8,
         "choices/optimiser": "sgd",
     }
-    assert "steps" not in by_row[0] and "choices/optimiser" not in by_row[4]
+    assert "steps" not in by_row[0] and "steps" not in by_row[5], "no value, and one that failed"
+    assert "choices/optimiser" not in by_row[4]
 
 
 def test_it_is_not_imported_unless_it_is_asked_for(tmp_path):
