@@ -34,6 +34,7 @@ LOSSES = ("batch", "all")
 
 NOISE, BATCHES = 0x6E6F6973, 0x62617463  # "nois", "batc": streams of a seed, as in learning.models
 BLOCK = 4096  # numbers that a chain draws in one call; one number a call would cost more than the step
+WORTH_A_CALL = 8  # chains; benchmarks/llc.py
 STRIDE = 50  # steps between two looks at whether the losses are finite, which make a GPU wait
 
 
@@ -177,8 +178,8 @@ def sample(
     """Run `settings.chains` chains from the model's own weights; the model is left as it was.
 
     `data`, `loss_fn` and `masks` as in `losses.Loss`. `at_once`: how many chains share a step; by default all where
-    `torch.func.vmap` can compute the model, except convolutions on a CPU, else one. `progress` is told of every so
-    many chain-steps.
+    `torch.func.vmap` can compute the model, and on a CPU where it pays: not for convolutions, nor for few chains; else
+    one. `progress` is told of every so many chain-steps.
 
     Raises MeasurementError for what does not fit, and its `Diverged` if every chain was stopped.
     """
@@ -217,9 +218,11 @@ def _group_size(loss: Loss, settings: Settings, at_once: int | None) -> tuple[st
         raise MeasurementError(f"sampling: expected at_once as an int of at least 1, or None; got {at_once!r}")
     if min(settings.chains, at_once or settings.chains) == 1:
         return None, 1
-    convolutions = any(isinstance(part, nn.modules.conv._ConvNd) for part in loss.module.modules())
-    if at_once is None and convolutions and loss.device.type == "cpu":
-        return "on a CPU, convolutions of several chains in one call take longer than one after another", 1
+    if at_once is None and loss.device.type == "cpu":
+        if settings.chains < WORTH_A_CALL:
+            return f"on a CPU, fewer than {WORTH_A_CALL} chains take longer in one call than one after another", 1
+        if any(isinstance(part, nn.modules.conv._ConvNd) for part in loss.module.modules()):
+            return "on a CPU, convolutions of several chains in one call take longer than one after another", 1
     why = loss.why_not_together()
     if why is None:
         return None, min(settings.chains, at_once or settings.chains)

@@ -230,13 +230,13 @@ def test_norms_are_those_of_the_parts_of_a_step():
 
 
 @pytest.mark.parametrize("batch_size", [None, 10])
-@pytest.mark.parametrize("at_once", [1, None])
+@pytest.mark.parametrize("at_once", [1, 5])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_chain_does_not_depend_on_those_beside_it(sampler, at_once, batch_size):
     model, data = network(dtype=torch.float64)
     settings = {"epsilon": 1e-3, "gamma": 10, "sampler": sampler, "draws": 12, "burn_in": 3, "batch_size": batch_size}
     few, many = (run(model, data, chains=c, at_once=at_once, **settings) for c in (2, 5))
-    assert many.at_once == (1 if at_once == 1 else 5)
+    assert many.at_once == at_once
     np.testing.assert_allclose(many.excess[:2], few.excess, rtol=1e-7, atol=1e-12)
     np.testing.assert_allclose(many.trace[:2], few.trace, rtol=1e-9)
     everywhere = many.excess.round(9)
@@ -378,11 +378,14 @@ def test_the_loss_is_one_function_of_the_weights():
 
 def test_what_vmap_cannot_take_goes_one_by_one():
     model, data = network()
-    settings = {"epsilon": 1e-3, "gamma": 10, "chains": 3, "draws": 6, "batch_size": 10}
+    settings = {"epsilon": 1e-3, "gamma": 10, "chains": 9, "draws": 6, "batch_size": 10}
     plain, branching = run(model, data, at_once=1, **settings), run(Branching(model), data, **settings)
     assert branching.at_once == 1 and "vmap" in branching.one_by_one_because
     np.testing.assert_array_equal(branching.excess, plain.excess)
-    assert run(model, data, **settings).one_by_one_because is None
+    together = run(model, data, **settings)
+    assert together.one_by_one_because is None and together.at_once == 9
+    few = run(model, data, **{**settings, "chains": 3})
+    assert few.at_once == 1 and "fewer than 8 chains" in few.one_by_one_because
     with pytest.raises(MeasurementError, match="2 chains at once cannot be computed for this model.*vmap"):
         run(Branching(model), data, at_once=2, **settings)
 
