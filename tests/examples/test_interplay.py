@@ -1,0 +1,44 @@
+"""The example of properties and benefits, with few small networks and a short LLC."""
+
+import json
+
+import numpy as np
+import pytest
+
+from datamodels.store import Store
+from examples.interplay import run
+from tests.jobs import ROOT
+
+
+@pytest.mark.slow
+def test_it_runs_from_the_zoo_to_the_picture_and_goes_on_where_it_was(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    spec = json.loads((ROOT / run.SPEC).read_text())
+    names = spec["measurements"]["names"]
+    names[names.index("llc")] = "llc?draws=20&burn_in=20&chains=2"
+    names[names.index("sharpness")] = "sharpness?tolerance=0.1"
+    (block,) = spec["design"]
+    block["count"], block["choices"] = 12, {
+        **{name: levels[:1] for name, levels in block["choices"].items()},
+        "width": [4, 8, 16],
+        "epochs": [1, 3],
+        "lr": [0.1, 0.4],
+    }  # fmt: skip
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert run.main(tmp_path / "spec.json", out, ["--pool.workers=2", "--worker.sync=false"], draws=20) == 0
+    said = capfd.readouterr().out
+    assert said.count("12 models of 12 different choices") == 2 and "digits_test_accuracy: R2" in said
+    assert (out / "effects.png").read_bytes().startswith(b"\x89PNG")
+    with Store.open(out / "store") as store:
+        assert store.completed().all()
+        # the first moment of each row is its own training: wider and longer trained models know more digits
+        accuracy, width = (
+            store.rows("digits_train_accuracy"),
+            [store.design.assignment(r).choices["epochs"] for r in range(12)],
+        )
+        assert np.mean(accuracy[np.array(width) == 3]) > np.mean(accuracy[np.array(width) == 1])
+        assert len(set(store.rows("weight_norms_l2"))) == 12
+        records = {key: store.layout.records(key)["status"] for key in store.spec.schema}
+        assert all((status == 1).all() for key, status in records.items() if "llc" not in key)
