@@ -72,7 +72,7 @@ def cases(quick: bool) -> list[Case]:
         *found,
         Case("MLP 784-256-256-10", wide, (784,), 256, 40, (4, 16)),
         Case("conv net, 28 x 28", convolutions, (1, 28, 28), 128, 20, (4,)),
-        Case("ResNet-18, 32 x 32", resnet18(10, "cifar"), (3, 32, 32), 32, 3, ()),
+        Case("ResNet-18, 32 x 32", resnet18(10, "cifar"), (3, 32, 32), 16, 2, ()),
     ]
 
 

@@ -55,20 +55,29 @@ def chosen(found: dict[str, np.ndarray], band: tuple[float, float] = BAND) -> Ch
 
 
 def sweep(path: Path, out: Path | None = None) -> Choice:
-    """Print the table of a calibration and the choice, and draw it; sweep.png beside the store."""
+    """Print the table of a calibration and the choice, and draw it; sweep.png beside the store.
+
+    Where the sampler is a factor too, each has a picture of its own, `sweep-sgnht.png`.
+    """
     found = table(path)
     choice = chosen(found)
+    samplers = found.get("sampler", np.array([""] * len(found["row"])))
     print("     row      epsilon      gamma   acceptance    R-hat      ESS                LLC   verdict")
     print("     " + "-" * 98)
     for i, row in enumerate(found["row"]):
         print(f"  {'*' if i == choice.row else ' '} {row:4} {found['epsilon'][i]:12.3g} {found['gamma'][i]:10.4g} "
               f"{found['acceptance'][i]:12.3f} {found['rhat'][i]:8.3f} {found['ess'][i]:8.0f} {found['llc'][i]:10.3f} "
-              f"± {1.96 * found['llc_se'][i]:<7.2g} {found['verdict'][i]}")  # fmt: skip
+              f"± {1.96 * found['llc_se'][i]:<7.2g} {found['verdict'][i]} {samplers[i]}")  # fmt: skip
     print(f"   {'chosen' if choice.row is not None else 'none chosen'}: {choice.reason}")
-    columns = [found[name] for name in ("epsilon", "gamma", "acceptance", "llc", "llc_se")]
-    settled = found["stationary"] & (found["rhat"] <= MOST_RHAT)
-    figure = pictures.sweep(*columns, settled, chosen=choice.row, band=BAND, subtitle=_setting(found))
-    print(f"   {save(figure, out or path.parent / 'sweep.png')}")
+    out = out or path.parent / "sweep.png"
+    for sampler in np.unique(samplers):
+        of_it = np.flatnonzero(samplers == sampler)
+        part = {name: column[of_it] for name, column in found.items()}
+        columns = [part[name] for name in ("epsilon", "gamma", "acceptance", "llc", "llc_se")]
+        ringed = int(np.flatnonzero(of_it == choice.row)[0]) if choice.row in of_it else None
+        figure = pictures.sweep(*columns, part["stationary"] & (part["rhat"] <= MOST_RHAT), chosen=ringed, band=BAND,
+                                subtitle=f"{sampler + ': ' if sampler else ''}{_setting(part)}")  # fmt: skip
+        print(f"   {save(figure, out.with_stem(f'{out.stem}-{sampler}') if sampler else out)}")
     return choice
 
 
