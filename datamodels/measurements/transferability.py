@@ -92,9 +92,9 @@ def _evidence(found: Spectrum, counts: np.ndarray, *, exact: bool = False) -> tu
     for _ in range(52):  # bisection: two units of log t, to their last bit
         middle = (low + high) / 2
         t = np.exp(middle)[:, None]
-        kept = sigma / (sigma + t)
+        kept, shrunk = sigma / (sigma + t), t / (sigma + t)
         # The fixed point, α‖m‖² = γ and β‖y − Fm‖² = n − γ, with α = tβ and β = n / quad.
-        rising = kept.sum(axis=1) * quadratic(1 - kept) > n * (power * kept * (1 - kept)).sum(axis=1)
+        rising = kept.sum(axis=1) * quadratic(shrunk) > n * (power * kept * shrunk).sum(axis=1)
         low, high = np.where(rising, middle, low), np.where(rising, high, middle)
     t = np.exp(low)
     quad = quadratic(t[:, None] / (sigma + t[:, None]))
@@ -241,7 +241,6 @@ def parc(features: Any, labels: Any, *, dims: int | None = 32, scale: bool = Tru
     length = np.sqrt(np.einsum("ij,ij->i", values, values))
     flat = length <= 8 * EPS * length.max()
     values /= np.where(flat, 1, length)[:, None]
-    values[flat] = 0
     same, different = histograms(values, classes.codes)
     # With one-hot labels a pair's second distance has two values, so that Spearman's coefficient is Pearson's between
     # the (mid)rank of the first and 0 or 1.

@@ -45,9 +45,10 @@ ROTATED = [name for name in OF_FEATURES if name != "linear_probe"]  # it standar
 
 
 def clusters(n=240, d=12, c=4, *, seed=0, spread=1.5):
-    """Gaussian classes in correlated features with a mean, n examples in no order."""
+    """Gaussian classes in correlated features with a mean, n examples in no order; of the first class there are twice
+    as many as of any other."""
     rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % c)
+    labels = rng.permutation(np.arange(n) % (c + 1) % c)
     features = rng.standard_normal((c, d))[labels] + spread * rng.standard_normal((n, d))
     return features @ rng.standard_normal((d, d)) + 3, labels
 
@@ -349,12 +350,13 @@ def test_logistic_regression_is_scikit_learns(l2):
     assert np.abs((bias - bias.mean()) - (fitted.intercept_ - fitted.intercept_.mean())).max() < 5e-3
 
 
-def test_linear_probe_holds_out_a_share_of_every_class(monkeypatch):
+def test_linear_probe_holds_out_a_share_of_every_class():
     labels = np.repeat([0, 1, 2, 3], [400, 40, 2, 1])
-    held = transferability._stratified(encode(labels, "test"), 0.25, 0)
-    assert [held[labels == k].sum() for k in range(4)] == [100, 10, 1, 0]
-    assert (held == documented_split(labels, 0.25, 0)).all()
-    assert (held != transferability._stratified(encode(labels, "test"), 0.25, 1)).any()
+    for share, expected in ((0.25, [100, 10, 1, 0]), (0.8, [320, 32, 1, 0])):
+        held = transferability._stratified(encode(labels, "test"), share, 0)
+        assert [held[labels == k].sum() for k in range(4)] == expected
+        assert (held == documented_split(labels, share, 0)).all()
+    assert (held != transferability._stratified(encode(labels, "test"), 0.8, 1)).any()
 
 
 def test_linear_probe_is_seeded():
@@ -619,7 +621,7 @@ def test_no_metric_is_ever_nan(data):
         (lambda n: parc(*clusters(n, 12)), 39, 40, "use at least 40"),
         (lambda n: leep(np.full((n, 2), 0.5), np.arange(n) % 4), 39, 40, "use at least 40"),
         (lambda n: nce(np.arange(n) % 7, np.arange(n) % 5), 105, 175, "35 pairs .* too low by about 0.1 nats"),
-        (lambda n: linear_probe(*clusters(n, 12)), 388, 400, "96 held-out examples .* 5 %; use at least 400"),
+        (lambda n: linear_probe(*clusters(n, 12)), 388, 400, "98 held-out examples .* 5 %; use at least 400"),
     ],
 )
 def test_few_examples_are_warned_about(call, few, enough, message):
@@ -668,6 +670,20 @@ def test_what_cannot_be_measured(metric, features, labels, message):
 def test_leep_of_what_are_no_probabilities(theta, message):
     with pytest.raises(MeasurementError, match=message):
         leep(theta, [0, 1, 1])
+
+
+def test_errors_name_the_row_in_later_blocks_too(monkeypatch):
+    from datamodels.measurements import arrays
+
+    monkeypatch.setattr(arrays, "BLOCK_BYTES", 8 * 3 * 2)
+    monkeypatch.setattr(transferability, "BLOCK_BYTES", 8 * 3 * 2)
+    theta = np.full((10, 2), 0.5)
+    theta[7] = [0.5, 0.7]
+    with pytest.raises(MeasurementError, match="row 7 sums to 1.2"):
+        leep(theta, np.arange(10) % 2)
+    theta[8, 1] = np.inf
+    with pytest.raises(MeasurementError, match="features of example 8 are not finite"):
+        log_me(theta, np.arange(10) % 2)
 
 
 def test_leep_rescales_the_rounding_of_half_precision():
