@@ -144,7 +144,11 @@ def vs_actual(ranking: Ranking) -> Figure:
                 axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.tick_params(labelsize=8)
             _name_points(
-                axes, x[there], y[there], [short[m] for m, kept in zip(joined.models, there, strict=True) if kept]
+                axes,
+                x[there],
+                y[there],
+                spread[there],
+                [short[m] for m, kept in zip(joined.models, there, strict=True) if kept],
             )
     return figure
 
@@ -230,7 +234,8 @@ def _panel(figure: Figure, place: int, across: int, box: tuple[float, float, flo
 
 
 def _frame(axes: Axes, title: str, beside: str = "") -> None:
-    axes.set_title(title, loc="left", size=9.5, color=INK, weight="bold", parse_math=False)
+    size = 9.5 if len(title) <= 27 else 8 if len(title) <= 33 else 7
+    axes.set_title(title, loc="left", size=size, color=INK, weight="bold", parse_math=False)
     axes.set_title(beside, loc="right", size=9.5, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -292,14 +297,16 @@ def _signed(value: float) -> str:
 # ------------------------------------------------------------------------------------------ names on points
 
 
-def _name_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
-    """A name beside each point where it covers neither another name nor a point; a thin line where it is far off."""
+def _name_points(axes: Axes, x: np.ndarray, y: np.ndarray, spread: np.ndarray, names: Sequence[str]) -> None:
+    """A name beside each point where it covers no other name, point or bar; a thin line where it is far off."""
+    axes.autoscale_view()  # which matplotlib puts off, and with it where the points are
     canvas: Any = axes.figure.canvas
     renderer = canvas.get_renderer()
-    points = axes.transData.transform(np.stack([x, y], axis=1))
+    points, ends = (axes.transData.transform(np.stack([x, at], axis=1)) for at in (y, y + np.nan_to_num(spread)))
     inside = axes.get_window_extent(renderer)
-    dot = 4.5 * PIXELS_PER_INCH / 72
+    dot, bar = 4.5 * PIXELS_PER_INCH / 72, 2.0
     taken = [(px - dot, py - dot, px + dot, py + dot) for px, py in points]
+    taken += [(px - bar, 2 * py - top, px + bar, top) for (px, py), (_, top) in zip(points, ends, strict=True)]
     size = 7.5 if len(names) <= 16 else 6.5
     for i in np.argsort(points[:, 0], kind="stable"):
         label = axes.annotate(names[i], (x[i], y[i]), xytext=(0, 0), textcoords="offset points", size=size, color=INK,
@@ -315,8 +322,8 @@ def _name_points(axes: Axes, x: np.ndarray, y: np.ndarray, names: Sequence[str])
         label.set_position((np.array(box[:2]) - points[i]) * 72 / PIXELS_PER_INCH)  # pixels differ between formats
         near = np.clip(points[i], box[:2], box[2:])
         if np.hypot(*(near - points[i])) > 14:
-            ends = axes.transData.inverted().transform([points[i], near])
-            axes.plot(ends[:, 0], ends[:, 1], color=FAINT, linewidth=0.5, zorder=1, scalex=False, scaley=False)
+            line = axes.transData.inverted().transform([points[i], near])
+            axes.plot(line[:, 0], line[:, 1], color=FAINT, linewidth=0.5, zorder=1, scalex=False, scaley=False)
 
 
 Box = tuple[float, float, float, float]

@@ -693,7 +693,9 @@ def test_names_cover_neither_each_other_nor_points(crowd):
     if crowd == "clusters":
         joined.scores["m"][:7], joined.actual[:7] = joined.scores["m"][0], joined.actual[0]
         joined.actual[:7, 0] += 0.002 * np.arange(7)
+    joined.actual_spread[:] = 0.01
     figure = pictures.vs_actual(ranking.rank(joined, draws=20))
+    figure.canvas.draw()  # until then matplotlib may not have settled where anything is
     for axes in figure.axes:
         found = boxes(axes)
         assert set(found) == set(joined.models)
@@ -703,7 +705,12 @@ def test_names_cover_neither_each_other_nor_points(crowd):
         name = axes.get_title(loc="left")
         for x, y in zip(joined.scores[name][:, 0], joined.actual[:, 0], strict=True):
             px, py = axes.transData.transform((x, y))
-            assert not any(box.contains(px, py) for box in found.values())
+            assert not any(box.contains(px, py) for box in found.values()), "a point"
+            nearest = min(np.hypot(max(b.x0 - px, 0, px - b.x1), max(b.y0 - py, 0, py - b.y1)) for b in found.values())
+            assert nearest < 60, "a name far from everything"
+            if crowd == "spread":
+                bars = [axes.transData.transform((x, y + 0.01 * share)) for share in np.linspace(-1, 1, 9)]
+                assert not any(box.contains(*bar) for box in found.values() for bar in bars), "a bar"
         assert all(inside.x0 - 1 <= box.x0 and box.x1 <= inside.x1 + 1 for box in found.values())
 
 

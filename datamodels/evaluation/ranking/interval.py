@@ -7,8 +7,8 @@ interval is narrower than theory says it must be:
 - Correlations: normal intervals on the scale of arctanh, with the standard deviation of the draws, but at least that
   of so many models on independent data sets if both numbers are normal: arctanh of Kendall's tau has the variance
   .437/(M - 4), of Spearman's 1.06/(M - 3) (Fieller, Hartley and Pearson 1957), of Pearson's 1/(M - 3) (Fisher 1921), of
-  the weighted tau about .7/(M - 4) (simulated, M from 8 to 30). A perfect one counts as one discordant pair short of
-  perfect. Of four models and fewer nothing is known: [-1, 1].
+  the weighted tau about .7/(M - 4) (simulated, M from 8 to 30). A perfect ranking counts as one in which two neighbours
+  are exchanged, for the lower end. Of four models and fewer nothing is known: [-1, 1].
 - Hit rates: percentiles of the draws, together with Wilson's interval (1927) for as many trials as data sets.
 - Regrets: percentiles of the draws, together with what the hit rate's interval allows: its highest chance of a miss
   times what a random choice of models loses when it misses.
@@ -65,11 +65,14 @@ class Draws:
         factor, lost = _VARIANCES[name]
         if models <= 4:
             return Estimate(value, -1.0, 1.0)
-        perfect = 1 - 4 / (models * (models - 1))
+        exchanged = 12 / (models**2 - 1) if name in ("spearman", "pearson") else 4 / (models - 1)
+        nearly = 1 - exchanged / models  # what is left of 1 where two neighbours are exchanged
+        perfect = nearly if name != "pearson" else 1 - 1e-9
         middle = np.arctanh(np.clip(value, -perfect, perfect))
-        spread = np.arctanh(np.clip(self._means(drawn), -perfect, perfect)).std() * np.sqrt(models / (models - 1))
+        spread = np.arctanh(np.clip(self._means(drawn), -nearly, nearly)).std() * np.sqrt(models / (models - 1))
         reach = self._quantile() * max(spread, np.sqrt(factor / (models - lost) / used))
-        return Estimate(value, min(value, float(np.tanh(middle - reach))), max(value, float(np.tanh(middle + reach))))
+        low, high = float(np.tanh(middle - reach)), float(np.tanh(middle + reach))
+        return Estimate(value, -1.0 if value <= -perfect else low, 1.0 if value >= perfect else high)
 
     def hit(self, values: np.ndarray, drawn: np.ndarray) -> Estimate:
         """A share of data sets."""
