@@ -123,7 +123,7 @@ def test_reduced_rank_regression(rank, gamma):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "gamma"), [(0, 100), (1, 10), (3, 10), (2, 100)])
+@pytest.mark.parametrize(("rank", "gamma"), [(0, 100), (3, 10)])
 def test_reduced_rank_regression_by_sgld(rank, gamma):
     truth, error = gibbs(rank, gamma)
     found = estimate(reduced_rank(rank), epsilon=1e-4, gamma=gamma, chains=200, draws=150, burn_in=1500, thin=20)

@@ -398,7 +398,11 @@ def test_masked_weights_stand_still():
     truth = 3 * 0.5 * 2 * NBETA / (H * (1 - 4e-3 * H / 4))
     assert found.num_parameters == 3
     assert abs(mean - truth) < 3.5 * error and 3.5 * error < 0.05 * truth
-    np.testing.assert_allclose(found.noise_norm**2 / 4e-3 / 3, 1, atol=6)
+    slope = Potential(lambda w: w[0].square() + 5 * w[1], torch.zeros(2))  # one that would have the masked weight move
+    held = run(
+        slope, nothing(), itself, epsilon=1e-3, gamma=1, chains=2, draws=20, masks={"w": torch.tensor([True, False])}
+    )
+    np.testing.assert_allclose(held.excess, held.distance**2, rtol=1e-5)
 
     model, data = network()
     settings = {"epsilon": 1e-3, "gamma": 10, "chains": 2, "draws": 5}
