@@ -23,7 +23,10 @@ SIGNATURES = {
     "positional": ("index, logdir", {"index", "logdir"}),
     "by name": ("mask, *, seed, width", {"mask", "seed", "width"}),
     "defaults": ("index, epochs=3, smoke=True, optimiser=None", {"index", "smoke", "optimiser"}),
-    "everything": ("**all", {"index", "logdir", "mask", "seed", "smoke", "width", "optimiser"}),
+    "everything": (
+        "**all",
+        {"index", "keys", "logdir", "mask", "measurements", "seed", "smoke", "width", "optimiser"},
+    ),
     "nothing": ("", set()),
 }
 
@@ -40,7 +43,7 @@ def test_main_is_given_what_it_names(tmp_path, monkeypatch, style):
     with Store.open(job.path) as store:
         asked = store.design.assignment(1)
     expected = {"index": 1, "seed": asked.seed, "smoke": False, "logdir": str(job.path / "workers/1")}
-    expected |= {"mask": asked.mask, "width": 4, "optimiser": "sgd"}
+    expected |= {"mask": asked.mask, "width": 4, "optimiser": "sgd", "keys": ("x", "note"), "measurements": {}}
     assert set(got) == names
     for key, value in got.items():
         np.testing.assert_array_equal(value, expected[key])

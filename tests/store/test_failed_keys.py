@@ -53,7 +53,9 @@ def test_the_rows_are_complete_and_say_what_failed(job, monkeypatch, capfd):
         assert store.completed().all() and list(verify(store)) == []
         assert store.layout.records("tau")["status"].tolist() == [commits.VALID, commits.KEY_FAILED] * 2
         assert np.isnan(store["tau"][1]).all() and store["tau"][2].tolist() == [2, 1.5]
-        with pytest.raises(StoreError, match="'tau': it failed when it was to be made; .*--worker.keys=tau fills it in"):
+        with pytest.raises(
+            StoreError, match="'tau': it failed when it was to be made; .*--worker.keys=tau fills it in"
+        ):
             store.rows("tau", [1])
         assert os.listdir(store.path / "workers/1") == ["attempt-keys-1.json"]
         report = json.loads((store.path / "workers/1/attempt-keys-1.json").read_text())
