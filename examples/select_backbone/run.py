@@ -35,9 +35,10 @@ def main(
     samples: Sequence[int] = SAMPLES,
     seeds: int = SEEDS,
     sizes: Mapping[str, int] = {"train": data.TRAIN, "test": data.TEST},
-    options: Sequence[str] = (),
+    pool: Sequence[str] = (),
+    finetune: Sequence[str] = (),
 ) -> int:
-    """Run what is not there yet; `options` go to the pool and the fine-tuning."""
+    """Run what is not there yet; `pool` are options of both pools, `finetune` of the fine-tuning."""
     started = time.monotonic()
 
     step("1. Candidates and data")
@@ -58,7 +59,7 @@ def main(
                                            "sample_seed": list(range(seeds))}}],
     })  # fmt: skip
     command("datamodels.pool", f"--worker.logdir={scan}", "--worker.main_import=worker_scripts.measure", "-C", config,
-            *options)  # fmt: skip
+            *pool)  # fmt: skip
 
     step("3. The truth: every candidate fine-tuned, which takes a while")
     number = {"shape": [], "dtype": "float64"}
@@ -67,7 +68,7 @@ def main(
         "design": [{"seed": 1, "choices": {"model": list(models_by_name), "dataset": names}, "repeats": seeds}],
     })  # fmt: skip
     command("datamodels.pool", f"--worker.logdir={tuned}", "--worker.main_import=examples.select_backbone.finetune",
-            f"--finetune.models={out / 'models'}", f"--finetune.data={out / 'data'}", *options)  # fmt: skip
+            f"--finetune.models={out / 'models'}", f"--finetune.data={out / 'data'}", *pool, *finetune)  # fmt: skip
 
     step("4. Which score knew?")
     asked = [str(scan), f"--actual={tuned}", f"--metrics={','.join(SCORES + COMBINED)}"]

@@ -566,6 +566,22 @@ def test_intervals_hold_the_truth_also_where_models_are_few(models, datasets, r)
         assert found["plain tau"] < 0.8
 
 
+@pytest.mark.parametrize(("models", "lowest", "highest"), [(7, 0.4, 0.8), (12, 0.8, 0.95)])
+def test_a_perfect_ranking_may_be_chance(models, lowest, highest):
+    """It is certain up to 1; and down to about the tau at which one ranking in forty is perfect: .62 and .88."""
+    joined = made(models=models, datasets=1, num_params=0)
+    for sign in (1, -1):
+        joined.scores["num_params"][:] = sign * joined.actual
+        estimate = ranking.rank(joined, draws=50)["num_params"].estimates["tau"]
+        assert estimate.value == sign and sign in (estimate.low, estimate.high)
+        assert lowest < min(abs(estimate.low), abs(estimate.high)) < highest
+
+
+def test_of_four_models_nothing_is_known():
+    estimate = ranking.rank(made(models=4, datasets=1, num_params=1), draws=50)["num_params"].estimates["tau"]
+    assert (estimate.low, estimate.high) == (-1, 1)
+
+
 def test_where_models_are_many_the_interval_is_the_bootstraps():
     joined = made(models=60, datasets=1, m=1.5, num_params=1)
     found = ranking.rank(joined, draws=400)["m"].estimates["tau"]

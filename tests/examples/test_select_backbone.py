@@ -16,7 +16,7 @@ from tests import needs
 ROOT = Path(__file__).parents[2]
 CALL = "from pathlib import Path; from examples.select_backbone.run import main; " \
        "raise SystemExit(main(Path({out!r}), (24, 48), 1, {{'train': 96, 'test': 48}}, " \
-       "['--pool.workers=1', '--finetune.epochs=1']))"  # fmt: skip
+       "['--pool.workers=1'], ['--finetune.epochs=1']))"  # fmt: skip
 STANZAS = """Package: zoo
 Section: contrib/games
 Description: look after animals
