@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ Section("llc", "the model, its data, and how chains are run around it").params(
     ),
     flatten=Param(bool, "give the model a vector for each example", default=False),
     loss=Param(str, "cross_entropy, mse_loss, or a dotted path to a mean loss", default="cross_entropy"),
+    parameters=Param(str, "regular expression of the parameters' names that may move; left out: all", default=""),
     sampler=Param(OneOf(SAMPLERS), "how chains move", default="sgld"),
     epsilon=Param(POSITIVE, "step size", default=1e-5),
     gamma=Param(POSITIVE, "localisation around the checkpoint", default=100.0),
@@ -117,11 +119,13 @@ def main(
     )
     data = _data(*(config[f"llc.{name}"] for name in ("data", "split", "samples", "normalise", "flatten", "device")))
     model, step = load(config["llc.model"], checkpoint or config["llc.checkpoint"])
+    pattern = re.compile(config["llc.parameters"])
+    masks = {name: False for name, _ in model.named_parameters() if not pattern.search(name)}
     found: dict[str, Any] = {"weights_hash": foreign.digest(model), "step": -1 if step is None else step}
     with tqdm(total=settings.chains * settings.steps, desc="chains", unit="step", leave=False, disable=None) as bar:
         arguments = (model.to(data[0].device), _loss(config["llc.loss"]), data, settings)
         try:
-            estimate = llc.estimate(*arguments, seed=seed, progress=bar.update)
+            estimate = llc.estimate(*arguments, seed=seed, masks=masks, progress=bar.update)
         except Diverged as error:
             found |= _diverged(error)
             trace = error.chains.excess

@@ -94,6 +94,7 @@ def test_factors_stand_above_options(files):
     }.items():
         assert not np.allclose(run({"checkpoint": files[0]}, **{option: value})["llc_trace"], base["llc_trace"]), option
     assert run({"checkpoint": files[0]}, samples=200)["n"] == 200
+    assert run({"checkpoint": files[0]}, parameters="^4|bias")["num_parameters"] == 50 + 4 + 4
 
 
 def test_only_the_keys_that_are_asked_for(files):
