@@ -508,6 +508,18 @@ def test_both_ways_to_singular_values_agree(monkeypatch, n, d):
         assert np.abs(getattr(one, name) - getattr(other, name)).max() < 1e-8 * unit, name
 
 
+@pytest.mark.parametrize(("n", "d"), [(200, 30), (40, 90)])
+def test_what_features_of_a_lower_rank_cannot_reach_is_left_over(n, d):
+    features, labels = clusters(n, d)
+    features[:, d // 2 :] = features[:, : d - d // 2]
+    features[n // 2 :] = features[: n - n // 2]
+    classes = encode(labels, "test")
+    for found in (spectrum.by_gram, spectrum.exact):
+        got = found(check_features(features, "test"), classes)
+        assert len(got.sigma) <= np.linalg.matrix_rank(features) + 1
+        assert got.power.sum(axis=1) + got.rest == pytest.approx(classes.counts, abs=1e-9)
+
+
 # ----------------------------------------------------------------------------------------------------- degenerate data
 
 
