@@ -25,7 +25,7 @@ def load(name: str, kind: str, pooling: str, max_length: int, local_files_only: 
         import transformers as hub
     if not sys.stderr.isatty():
         hub.utils.logging.disable_progress_bar()
-    given = {"local_files_only": local_files_only}
+    given = {"local_files_only": local_files_only, "trust_remote_code": False}  # else a terminal would be asked
     try:
         config = hub.AutoConfig.from_pretrained(name, **given)
         head = "ForSequenceClassification" if kind == "text" else "ForImageClassification"
