@@ -30,6 +30,7 @@ INTERFACES = {
     "interface::x11": "graphical",
 }
 TRAIN, TEST = 480, 420
+_FIELD = re.compile(r"^(Package|Section|Description|Tag): (.*(?:\n .*)*)", re.MULTILINE)
 
 
 def write(folder: Path, *, train: int = TRAIN, test: int = TEST) -> list[Path]:
@@ -62,11 +63,9 @@ def apt_lists() -> str:
 
 def packages(text: str) -> Iterator[Mapping[str, str]]:
     """The stanzas of such a text, in the order of their names; continued lines are joined."""
-    stanzas = []
-    for stanza in text.split("\n\n"):
-        fields = re.findall(r"^([\w-]+): (.*(?:\n .*)*)", stanza, re.MULTILINE)
-        if fields:
-            stanzas.append({name: re.sub(r"\s+", " ", value) for name, value in fields})
+    stanzas = (
+        {name: re.sub(r"\s+", " ", value) for name, value in _FIELD.findall(part)} for part in text.split("\n\n")
+    )
     yield from sorted(
         (s for s in stanzas if {"Package", "Section", "Description"} <= set(s)), key=lambda s: s["Package"]
     )
