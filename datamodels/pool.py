@@ -145,9 +145,8 @@ def run_pool(
         return 128 + interrupted.number
     finally:
         executor.close()
-        if not asked:  # else this process is ending, and another Ctrl-C must not change how
-            for stop, handler in before.items():
-                signal.signal(stop, handler)
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
 
 
 def _stop(executor: Executor, share: Share) -> None:
@@ -301,4 +300,7 @@ def _for_worker(args: cli.Arguments) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    try:
+        cli.run(main)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C must not change how it ends

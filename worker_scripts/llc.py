@@ -23,7 +23,7 @@ from fastargs.validation import And, InRange, OneOf
 from torch import nn
 from tqdm import tqdm
 
-from datamodels.errors import MeasurementError
+from datamodels.errors import ConfigError, MeasurementError
 from datamodels.learning import foreign
 from datamodels.learning.models import Seeded
 from datamodels.measurements import datasets, llc
@@ -38,7 +38,7 @@ NORMALISE = {
 }
 
 Section("llc", "the model, its data, and how chains are run around it").params(
-    model=Param(str, "dotted path of the function that makes the module, ?option=value behind it", required=True),
+    model=Param(str, "dotted path of the function that makes the module, ?option=value behind it; needed"),
     checkpoint=Param(str, "file with its weights, if no factor of the design names it"),
     data=Param(
         str, "digits, fashion_mnist[:DIR], cifar10:DIR, folder:DIR?size=224, or a dotted path", default="digits"
@@ -106,6 +106,8 @@ def main(
 ) -> dict[str, Any]:
     """Estimate one LLC; everything that `KEYS` names, or what of it `keys` asks for."""
     config = get_current_config()
+    if not config["llc.model"]:  # not `required` above: the registry of sections is everybody's in this process
+        raise ConfigError("--llc.model: which model? Name the function that makes the module, package.module.function")
     factors = {"epsilon": epsilon, "gamma": gamma, "sampler": sampler, "nbeta": nbeta, "batch_size": batch_size}
     given = {name: config[f"llc.{name}"] if value is None else value for name, value in factors.items()}
     chains, draws = config["llc.chains"], config["llc.draws"]

@@ -73,7 +73,9 @@ def smoke(worker: Worker, row: int, *, batch: int) -> str:
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
         spread = (
             f"min {array.min():.4g}, mean {array.mean():.4g}, max {array.max():.4g}"
-            if array.size and array.dtype.kind in "biuf"
+            if array.size > 1 and array.dtype.kind in "biuf"
+            else str(array.item())
+            if array.size == 1
             else ""
         )
         lines.append(f"  {key}: {list(array.shape)} {spread}")
