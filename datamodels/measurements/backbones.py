@@ -3,7 +3,7 @@
 | name | what |
 |---|---|
 | `NAME` or `FOLDER` | transformers, with a tokenizer or an image processor; a classifier where the checkpoint is one |
-| `timm:NAME`, `torchvision:NAME` | their pretrained models; `?pretrained=false` for the architecture alone |
+| `timm:NAME`, `torchvision:NAME` | their pretrained models; `?pretrained=false`: untrained. No test runs these two |
 | `torch:package.module.function[?option=value][@CHECKPOINT]` | a torch module that a function makes |
 
 A CHECKPOINT is a file or a URL; it ends in `#sha256=HEX` where it is a URL, and may where it is a file. Features are

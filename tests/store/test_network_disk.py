@@ -6,6 +6,7 @@ import os
 import pytest
 
 from datamodels.store.disk import PosixDisk
+from tests.needs import missing
 
 PAGE = 4096
 
@@ -50,7 +51,7 @@ def cached(path):
     except BlockingIOError:
         return False
     except OSError:
-        pytest.skip("this file system does not say what is in its cache")
+        missing("this file system does not say what is in its cache (RWF_NOWAIT)")
     finally:
         os.close(fd)
 
