@@ -8,13 +8,13 @@ where it was.
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+from examples.steps import command, step
 
 SPEC, OUT = Path("specs/digits.json"), Path("out/digits")
 SIZES = (500, 1000, 2000, 4000)  # training rows of the table; the last is the datamodel that is kept
@@ -107,18 +107,6 @@ def pictures(store_path: Path, result: Path, scores: dict) -> list[Path]:
                               (final.ceiling, final.ceiling_low, final.ceiling_high))  # fmt: skip
     out = result.parent
     return [figures.save(influential, out / "influential.png"), figures.save(curve, out / "lds.png")]
-
-
-def step(title: str) -> None:
-    print(f"\n{title}", flush=True)
-
-
-def command(module: str, *options: str) -> None:
-    """Run `python -m module …`, shown; end this script where it fails."""
-    print(f"   $ python -m {shlex.join([module, *options])}", flush=True)
-    code = subprocess.run([sys.executable, "-m", module, *options], check=False).returncode
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":

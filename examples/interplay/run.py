@@ -8,12 +8,12 @@ is a command that is printed before it runs. Stop it anywhere and run it again: 
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from examples.steps import command, step
 
 SPEC, OUT = Path("examples/interplay/spec.json"), Path("out/interplay")
 # nll on the training digits is how well a model fits, no benefit; and what a benefit is made of is no property.
@@ -36,18 +36,6 @@ def main(spec: Path = SPEC, out: Path = OUT, options: Sequence[str] = (), draws:
             f"--draws={draws}", f"--plot={out / 'effects.png'}")  # fmt: skip
     print(f"\nDone in {time.monotonic() - started:.0f} s. Remove {out} to start over.")
     return 0
-
-
-def step(title: str) -> None:
-    print(f"\n{title}", flush=True)
-
-
-def command(module: str, *options: str) -> None:
-    """Run `python -m module …`, shown; end this script where it fails."""
-    print(f"   $ python -m {shlex.join([module, *options])}", flush=True)
-    code = subprocess.run([sys.executable, "-m", module, *options], check=False).returncode
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":

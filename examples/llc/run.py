@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ import numpy as np
 
 from datamodels.store import Store
 from examples.llc import show, train
+from examples.steps import command, step
 from worker_scripts import llc
 
 OUT = Path("out/llc")
@@ -82,18 +81,6 @@ def store(path: Path, spec: Path, factors: dict[str, Any], size: dict[str, Any])
     design = [{"role": "train", "seed": 0, "choices": factors}]
     spec.write_text(json.dumps({"schema": llc.schema(size["chains"], size["draws"]), "design": design}, indent=1))
     command("datamodels.initialize_logdir", f"--logging.logdir={path}", f"--logging.spec={spec}")
-
-
-def step(title: str) -> None:
-    print(f"\n{title}", flush=True)
-
-
-def command(module: str, *options: str) -> None:
-    """Run `python -m module …`, shown; end this script where it fails."""
-    print(f"   $ python -m {shlex.join([module, *options])}", flush=True)
-    code = subprocess.run([sys.executable, "-m", module, *options], check=False).returncode
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":

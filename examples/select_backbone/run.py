@@ -12,8 +12,6 @@ anywhere and run it again: it goes on where it was.
 from __future__ import annotations
 
 import json
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from examples.select_backbone import data, models
+from examples.steps import command, step
 
 OUT = Path("out/select_backbone")
 SAMPLES, SEEDS = (100, 200, 400), 3
@@ -123,19 +122,6 @@ def store(path: Path, spec: Mapping[str, Any]) -> Path:
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=4) + "\n")
-
-
-def step(title: str) -> None:
-    print(f"\n{title}", flush=True)
-
-
-def command(module: str, *options: object) -> None:
-    """Run `python -m module …`, shown; end this script where it fails."""
-    words = [module, *map(str, options)]
-    print(f"   $ python -m {shlex.join(words)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", *words], check=False).returncode
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":
