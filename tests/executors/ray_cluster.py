@@ -1,5 +1,6 @@
 """A real Ray cluster of three nodes on this host, in a process of its own: Ray's warnings are not ours."""
 
+import contextlib
 import json
 import os
 import signal
@@ -45,12 +46,19 @@ class Cluster:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def kill(self, pid):
-        """kill -9 of the raylet that a worker descends from; the processes that it had started."""
+    def kill(self, pid, *, whole=False):
+        """kill -9 of the raylet that a worker descends from; the processes that it had started.
+
+        `whole`: of all of them in one moment, as when a node loses power; nobody has time to give a row back.
+        """
         while pid not in self.raylets:
             pid = parent(pid)
         below = descendants(pid)
-        os.kill(pid, signal.SIGKILL)
+        killed = [*below, pid] if whole else [pid]
+        for signal_number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in killed:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal_number)
         self.raylets.remove(pid)
         return below
 

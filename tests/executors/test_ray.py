@@ -1,6 +1,5 @@
 """Workers as tasks of Ray: a real cluster of three nodes on this host, one of which dies."""
 
-import contextlib
 import os
 import signal
 
@@ -73,10 +72,7 @@ def main(index):
         process = start(job)
         until(lambda: len([row for row in job.calls() if int(row) >= 6]) == 2)
         before = set(workers_of(job))
-        killed = cluster.kill(min(before))
-        for pid in killed:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        killed = cluster.kill(min(before), whole=True)
         lost = len(before & set(killed))
         until(lambda: len(set(workers_of(job)) - before) == lost)
         (tmp_path / "go").touch()
