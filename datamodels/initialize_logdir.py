@@ -68,10 +68,10 @@ def _measured(raw: Mapping[str, Any], asked: Mapping[str, tuple[str, ...]]) -> d
     blocks = raw.get("design") or []
     per_row = any("dataset" in block.get("choices", {}) for block in blocks if isinstance(block, dict))
     on = asked.get("on")
-    if per_row and on:
+    if per_row and library.places(asked["names"], on):
         raise SpecError(
-            "measurements, on: the design has a factor `dataset`, so each row has its own data set; leave out one of "
-            "the two"
+            "measurements: the design has a factor `dataset`, so each row has its own data set; leave out that "
+            "factor, or `on` and what stands behind an @"
         )
     schema = library.schema(asked["names"], on)
     own = raw.get("schema", {})

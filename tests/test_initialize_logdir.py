@@ -107,6 +107,7 @@ def test_measurements_become_keys_of_the_schema(tmp_path, initialise):
     [
         ({"names": ["log_you"]}, {"dataset": ["a"]}, "log_you"),
         ({"names": ["log_me"], "on": ["a/test"]}, {"dataset": ["a"]}, "the design has a factor `dataset`"),
+        ({"names": ["log_me@a/test"]}, {"dataset": ["a"]}, "the design has a factor `dataset`"),
         ({"names": "log_me"}, {"dataset": ["a"]}, "measurements, names: expected a list of names, got 'log_me'"),
         ({"names": ["log_me", "log_me"]}, {"dataset": ["a"]}, "a name stands there twice"),
         ({"on": ["a/test"]}, {"model": ["a"]}, "measurements: names is missing"),

@@ -678,6 +678,19 @@ def test_dry_run_shows_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert job.files() == before
 
 
+def test_dry_run_asks_the_module_what_it_says_of_a_row(tmp_path, monkeypatch, capsys):
+    says = "def describe_row(width, mask, keys): return f'{width} wide, {mask.sum()} of {mask.size}, for {keys[-1]}'"
+    job = Job(tmp_path, DESIGN, LOOKS + says, "job_dry_says")
+    assert job.here("--worker.dry_run", "--worker.index=2", monkeypatch=monkeypatch) == 0
+    with Store.open(job.path) as store:
+        chosen = int(store.design.assignment(2).mask.sum())
+    assert f"\n8 wide, {chosen} of 6, for note\n" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    job = Job(tmp_path / "other", DESIGN, LOOKS + "def describe_row(logdir): return ''", "job_dry_asks")
+    assert job.here("--worker.dry_run", monkeypatch=monkeypatch) == 2
+    assert "describe_row: asks for logdir" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("argv", "x"), [((), "x: [3] min 1, mean 2, max 4"), (("--worker.batch=3",), "x: [3] min 0")])
 def test_smoke_checks_and_commits_nothing(tmp_path, monkeypatch, capsys, argv, x):
     job = Job(tmp_path, DESIGN, LOOKS, f"job_smoke_{len(argv)}")

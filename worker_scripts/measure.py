@@ -140,7 +140,7 @@ def describe_row(
     row = Row.of(measurements, model=model, checkpoint=checkpoint, dataset=dataset, split=split)
     lines = [f"model      {row.model}"]
     lines += [
-        f"data       {f'{place}: ' if row.on else ''}{name}, {part}" for place, (name, part) in row.places.items()
+        f"data       {f'{place}: ' if row.listed else ''}{name}, {part}" for place, (name, part) in row.places.items()
     ]
     for cell in library.plan(row.names, row.on):
         options = ", ".join(f"{k}={v}" for k, v in {**cell.asked.measurement.options, **cell.asked.options}.items())
@@ -158,7 +158,8 @@ class Row:
     on: tuple[str, ...] | None
     model: str
     reference: str | None
-    places: Mapping[str, tuple[str, str]]  # (data set, split) by what `on`, or the row, calls it
+    places: Mapping[str, tuple[str, str]]  # (data set, split) by what the measurements, or the row, call it
+    listed: bool  # the measurements name their data sets, and keys begin with them
 
     @classmethod
     def of(
@@ -182,18 +183,22 @@ class Row:
         model, split = model or config["measure.model"], split or config["measure.split"]
         if not model:
             raise ConfigError("which model? Make `model` a factor of the design, or say --measure.model=NAME")
-        if on and dataset:
-            raise ConfigError("the spec names data sets with `on`, and its design has a factor `dataset`; remove one")
+        listed = library.places(names, on)
+        if listed and dataset:
+            raise ConfigError(
+                "the measurements name data sets, with `on` or behind an @, and the design has a factor `dataset`; "
+                "remove one"
+            )
         dataset = dataset or config["measure.dataset"]
-        if not on and not dataset:
+        if not listed and not dataset:
             raise ConfigError(
                 "which data set? Make `dataset` a factor of the design, name some with `on` in the measurements of the "
                 "spec, or say --measure.dataset=NAME"
             )
         places = {}
-        for entry in on or [dataset]:
+        for entry in listed or [dataset]:
             for place in library.split_pair(entry):
-                name, slash, part = place.rpartition("/") if on else (place, "", "")
+                name, slash, part = place.rpartition("/") if listed else (place, "", "")
                 name, part = (name, part) if slash else (place, split)
                 places[place] = (short_data.get(name, name), part)
         reference, model = config["measure.reference"], short_models.get(model, model)
@@ -208,6 +213,7 @@ class Row:
             f"{model}@{checkpoint}" if checkpoint else model,
             short_models.get(reference, reference),
             places,
+            bool(listed),
         )
 
 
@@ -251,7 +257,7 @@ def _samples(row: Row, views: Mapping[str, View], keys: Sequence[str], count: in
     """Ids, labels and predicted classes of the first `count` examples of each data set, where such keys are asked."""
     found: dict[str, Any] = {}
     for place in row.places:
-        prefix = library.place(place)[0] if row.on else ""
+        prefix = library.place(place)[0] if row.listed else ""
         wanted = [key for key in SAMPLES if prefix + key in keys]
         for key in wanted:
             try:

@@ -8,7 +8,8 @@ A measurement is a function whose parameters say what it needs of a model and a 
 `other_<need>` is the same of a second data set (a drop from one to the other), `reference_<need>` of a second model on
 the same data. A parameter that is no need is an option and has a default; a need with a default is passed where it can
 be had. Names are written as `recall`, `recall?threshold=0.9&as=recall_90` (options, and a name for its keys),
-`my_study.metrics.recall` (anybody's function, decorated or not), or as one of `GROUPS`.
+`my_study.metrics.recall` (anybody's function, decorated or not), or as one of `GROUPS`; each of these may end in where
+it is measured, `recall@digits/test,noisy/test`.
 """
 
 from __future__ import annotations
@@ -209,17 +210,44 @@ def resolve(names: Iterable[str]) -> list[Asked]:
 
     Raises MeasurementError for what cannot be found, an unknown option, or two that would fill the same keys.
     """
+    return [asked for asked, _ in _resolve(names, ())]
+
+
+def _resolve(names: Iterable[str], on: Sequence[str]) -> list[tuple[Asked, tuple[str, ...]]]:
+    """`resolve`, each with its entries: those behind its `@`, and those of `on` where it also stands without one."""
     own = shipped()
-    asked: dict[str, tuple[str, Asked]] = {}
-    for text in (name for given in names for name in GROUPS.get(given, (given,))):
-        found = _one(text, own)
-        before = asked.setdefault(found.stem, (text, found))[0]
-        if before != text:
-            raise MeasurementError(
-                f"measurements: {before!r} and {text!r} would both fill the keys of {found.stem!r}; give one another "
-                f"name, as in {text}{'&' if '?' in text else '?'}as={found.stem}_2"
-            )
-    return [found for _, found in asked.values()]
+    found: dict[str, tuple[str, Asked, dict[str, None]]] = {}  # by stem
+    for given in names:
+        name, entries = located(given)
+        for text in GROUPS.get(name, (name,)):
+            asked = _one(text, own)
+            before, _, where = found.setdefault(asked.stem, (text, asked, {}))
+            if before != text:
+                raise MeasurementError(
+                    f"measurements: {before!r} and {text!r} would both fill the keys of {asked.stem!r}; give one "
+                    f"another name, as in {text}{'&' if '?' in text else '?'}as={asked.stem}_2"
+                )
+            where.update(dict.fromkeys(on if entries is None else entries))
+    return [(asked, tuple(where)) for _, asked, where in found.values()]
+
+
+def located(text: str) -> tuple[str, tuple[str, ...] | None]:
+    """`accuracy@a/test,b/test` as the name and the entries where it is measured, or None. Raises MeasurementError."""
+    name, at, where = text.rpartition("@")
+    if not at:
+        return text, None
+    entries = tuple(entry.strip() for entry in where.split(","))
+    if not name or not all(entries):
+        raise MeasurementError(
+            f"measurements: expected name@<data set>/<split>, or several behind the @ with commas between, got {text!r}"
+        )
+    return name.strip(), entries
+
+
+def places(names: Iterable[str], on: Sequence[str] | None = None) -> tuple[str, ...] | None:
+    """All entries where something is measured: those of `on` and those behind an `@`; None: what a row brings."""
+    behind = [entry for text in names for entry in located(text)[1] or ()]
+    return tuple(dict.fromkeys((*(on or ()), *behind))) if on is not None or behind else None
 
 
 def _one(text: str, own: Mapping[str, Measurement]) -> Asked:
@@ -324,26 +352,29 @@ class Cell:
 
 
 def plan(names: Iterable[str], on: Sequence[str] | None = None) -> list[Cell]:
-    """Which measurement goes where: each on every one of `on`, or (None) on the data set that a row brings.
+    """Which measurement goes where: where its name says, or on every one of `on`, or on the data set that a row brings.
 
-    `on` has entries `digits/test`, whose keys begin with `digits_test_`, and pairs `digits/test->noisy/test`, with
+    The last where there is no `on` and no name says where. `on`, and what stands behind an `@`, has entries
+    `digits/test`, whose keys begin with `digits_test_`, and pairs `digits/test->noisy/test`, with
     `digits_test_to_noisy_test_`; a measurement that compares two data sets is for the pairs, all others for the rest.
     What looks at the model alone has the same plain keys everywhere. Raises MeasurementError.
     """
-    places = None if on is None else [place(entry) for entry in on]
+    names = list(names)
+    per_row = places(names, on) is None
     cells: list[Cell] = []
-    for asked in resolve(names):
+    for asked, entries in _resolve(names, on or ()):
         count = asked.measurement.num_datasets
         if count == 0:
             cells.append(Cell(asked, "", ()))
-        elif places is None:
+        elif per_row:
             cells.append(Cell(asked, "", None))
         else:
-            here = [Cell(asked, prefix, datasets) for prefix, datasets in places if len(datasets) == count]
+            here = [Cell(asked, prefix, sets) for prefix, sets in map(place, entries) if len(sets) == count]
             if not here:
                 form = "a pair of data sets, as in digits/test->noisy/test" if count == 2 else "a data set"
                 raise MeasurementError(
-                    f"measurements, on: {asked.stem} needs {form}; got {', '.join(on or ()) or 'none'}"
+                    f"measurements, on: {asked.stem} needs {form}; got {', '.join(entries) or 'none'}; say where, as "
+                    f"in {asked.stem}@digits/test, or with `on`"
                 )
             cells += here
     seen: dict[str, Cell] = {}

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from datamodels.running.ends import last_line
-from datamodels.running.routine import unwrapped
+from datamodels.running.routine import Routine, available, unwrapped
 from datamodels.running.worker import Worker
 
 
 def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str:
-    """What a row would be called with, in a few lines."""
+    """What a row would be called with, in a few lines; then what a `describe_row` beside main says of it."""
     store = worker.store
     assignment = store.design.assignment(row)
     routine = worker.routine_for(batch)
@@ -39,6 +39,13 @@ def dry_run(worker: Worker, row: int, *, batch: int, rest: Sequence[str]) -> str
         f"sys.argv   {' '.join(rest) or '(empty)'}",
         "returns    " + ", ".join(f"{f.name}: {f.dtype} {list(f.shape)}" for f in map(store.field, store.written)),
     ]
+    module = sys.modules.get(getattr(inner, "__module__", ""))
+    names = [name for name in available(store, many=False) if name not in ("logdir", "smoke")]
+    describe = None if module is None else Routine.find(module, "describe_row", names)
+    if describe is not None:  # what the module itself can say of a row
+        asked = {"keys": tuple(store.written), "measurements": dict(store.spec.measurements or {})}
+        given = {"index": row, "seed": assignment.seed, "mask": assignment.mask}
+        lines.append(str(describe({**assignment.choices, **given, **asked})))
     return "\n".join(lines)
 
 

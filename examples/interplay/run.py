@@ -16,11 +16,6 @@ from pathlib import Path
 from examples.steps import command, step
 
 SPEC, OUT = Path("examples/interplay/spec.json"), Path("out/interplay")
-# nll on the training digits is how well a model fits, no benefit; and what a benefit is made of is no property.
-PROPERTIES = "weight_norms_*,digits_train_effective_rank,digits_train_anisotropy,digits_train_invariance_*," \
-    "digits_train_sharpness,digits_train_llc,digits_train_nll"  # fmt: skip
-BENEFITS = "digits_test_accuracy,digits_test_nll,digits_test_calibration_error,digits_test_corruption_*," \
-    "digits_test_adversarial,*_accuracy_drop"  # fmt: skip
 
 
 def main(spec: Path = SPEC, out: Path = OUT, options: Sequence[str] = (), draws: int = 500) -> int:
@@ -32,8 +27,7 @@ def main(spec: Path = SPEC, out: Path = OUT, options: Sequence[str] = (), draws:
     step("2. Each row trains its network and measures it")
     command("datamodels.pool", f"--worker.logdir={store}", "--worker.main_import=examples.interplay.train", *options)
     step("3. The sparse regression from properties to benefits, with intervals")
-    command("datamodels.evaluation.effects", str(store), f"--properties={PROPERTIES}", f"--benefits={BENEFITS}",
-            f"--draws={draws}", f"--plot={out / 'effects.png'}")  # fmt: skip
+    command("datamodels.evaluation.effects", str(store), f"--draws={draws}", f"--plot={out / 'effects.png'}")
     print(f"\nDone in {time.monotonic() - started:.0f} s. Remove {out} to start over.")
     return 0
 

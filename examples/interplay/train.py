@@ -52,9 +52,10 @@ def main(
     )  # fmt: skip
 
     backbone = backbones.from_factory("a row's", lambda: model, {}, None).ready("cpu")
-    places = {place for entry in measurements["on"] for place in library.split_pair(entry)}
-    views = {place: View(backbone, _examples(place), seed=seed) for place in places}
-    return library.measure(measurements["names"], views, on=measurements["on"], keys=keys)
+    names = measurements["names"]
+    places = {place for entry in library.places(names) or () for place in library.split_pair(entry)}
+    views = {place: View(backbone, _examples(place), seed=seed) for place in sorted(places)}
+    return library.measure(names, views, keys=keys)
 
 
 def shifted(split: str) -> dict[str, np.ndarray]:

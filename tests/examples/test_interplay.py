@@ -15,8 +15,8 @@ def test_it_runs_from_the_zoo_to_the_picture_and_goes_on_where_it_was(tmp_path, 
     monkeypatch.chdir(ROOT)
     spec = json.loads((ROOT / run.SPEC).read_text())
     names = spec["measurements"]["names"]
-    names[names.index("llc")] = "llc?draws=20&burn_in=20&chains=2"
-    names[names.index("sharpness")] = "sharpness?tolerance=0.1"
+    names[names.index("llc@digits/train")] = "llc?draws=20&burn_in=20&chains=2@digits/train"
+    names[names.index("sharpness@digits/train")] = "sharpness?tolerance=0.1@digits/train"
     (block,) = spec["design"]
     block["count"], block["choices"] = 12, {
         **{name: levels[:1] for name, levels in block["choices"].items()},
@@ -30,12 +30,13 @@ def test_it_runs_from_the_zoo_to_the_picture_and_goes_on_where_it_was(tmp_path, 
         assert run.main(tmp_path / "spec.json", out, ["--pool.workers=2", "--worker.sync=false"], draws=20) == 0
     said = capfd.readouterr().out
     assert said.count("12 models of 12 different choices") == 2 and "digits_test_accuracy: R2" in said
+    assert "digits_train_nll: R2" not in said  # how well it fits is a property
     assert (out / "effects.png").read_bytes().startswith(b"\x89PNG")
     with Store.open(out / "store") as store:
         assert store.completed().all()
         # the first moment of each row is its own training: wider and longer trained models know more digits
         accuracy, width = (
-            store.rows("digits_train_accuracy"),
+            store.rows("digits_test_accuracy"),
             [store.design.assignment(r).choices["epochs"] for r in range(12)],
         )
         assert np.mean(accuracy[np.array(width) == 3]) > np.mean(accuracy[np.array(width) == 1])

@@ -119,6 +119,26 @@ def test_pairs_are_for_what_compares_two_data_sets():
     ]  # fmt: skip
 
 
+def test_a_name_may_say_where():
+    names = ["users_own.plain@a/x", "calibration@b/x,c/x", "accuracy", "num_params@a/x", "accuracy_drop@a/x->b/x"]
+    keys = {key for key in schema(names, ["d/x"]) if "seconds" not in key}
+    calibration = library.GROUPS["calibration"]  # accuracy among them: there, and on all of `on`
+    assert keys == {
+        "a_x_plain", "num_params", "d_x_accuracy", "a_x_to_b_x_accuracy_drop",
+        *(f"{place}_{name}" for place in ("b_x", "c_x") for name in calibration),
+    }  # fmt: skip
+    assert library.places(names, ["d/x"]) == ("d/x", "a/x", "b/x", "c/x", "a/x->b/x")
+    assert library.places(["accuracy?k=2@a/x", "nll@a/x"]) == ("a/x",) and library.places(["accuracy", "nll"]) is None
+    assert library.located("equivariance?transformations=shift,rotation@a/x, b/x") == (
+        "equivariance?transformations=shift,rotation",
+        ("a/x", "b/x"),
+    )
+    views = {"a/x": view()[""], "b/x": view(labels=1 - LABELS)[""]}
+    found = measure(["accuracy@b/x", "users_own.plain@a/x"], views)
+    assert found["b_x_accuracy"] == np.mean(LOGITS.argmax(1) == 1 - LABELS)
+    assert [key for key in found if "seconds" not in key] == ["b_x_accuracy", "a_x_plain"]
+
+
 def test_options_and_another_name():
     entries = schema(["users_own.counted", "users_own.counted?times=3&as=tripled"])
     assert [key for key in entries if "seconds" not in key] == [
@@ -157,6 +177,10 @@ def test_parse(text, expected):
         (["users_own.number"], None, "expected a function, got int"),
         (["users_own.unknown"], None, "'weights' is no need and has no default"),
         (["accuracy_drop"], ["a/x"], "accuracy_drop needs a pair of data sets"),
+        (["accuracy_drop@a/x"], ["a/x->b/x"], "accuracy_drop needs a pair of data sets"),
+        (["accuracy", "nll@a/x"], None, "accuracy needs a data set; got none; say where, as in accuracy@digits/test"),
+        (["accuracy@"], None, "expected name@<data set>/<split>"),
+        (["@a/x"], None, "expected name@<data set>/<split>"),
         (["accuracy"], ["a/x->b/x"], "accuracy needs a data set"),
         (["accuracy"], ["a/x/y"], "expected <data set>/<split>"),
         (["accuracy"], ["csv:x.csv/test"], "give a data set with a longer name a short one"),

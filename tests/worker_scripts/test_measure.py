@@ -100,6 +100,10 @@ def test_properties_and_benefits_of_several_data_sets():
     assert found["upright_test_to_turned_test_accuracy_drop"] == pytest.approx(float(drop)) and drop > 0.2
     plain = run(["accuracy"], dataset="digits")
     assert found["upright_test_accuracy"] == plain["accuracy"]
+    keys = ["digits_train_effective_rank", "upright_test_accuracy", "digits_train_sample_ids"]
+    with configured(samples=3):
+        apart = run(["effective_rank@digits/train", f"accuracy@{UPRIGHT}/test"], keys=keys)
+    assert apart["upright_test_accuracy"] == plain["accuracy"] and list(apart) == sorted(keys, reverse=True)
 
 
 def test_one_forward_pass_for_each_data_set(monkeypatch):
@@ -135,6 +139,7 @@ def test_what_fails_is_a_value_and_a_data_set_fails_by_itself():
         ({"model": None}, ConfigError, "which model?"),
         ({"names": []}, ConfigError, "does not say what to measure"),
         ({"on": ["digits/test"]}, ConfigError, "remove one"),
+        ({"names": ["accuracy@digits/test"]}, ConfigError, "remove one"),
         ({"labels": "eleven"}, MeasurementError, "there is no class 'eleven'"),
     ],
 )
