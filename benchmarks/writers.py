@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.ma
 import numpy.random  # these two once here, else every writer imports them with its first row
+from store import machine  # beside this file
 
 from datamodels.running.routine import Routine
 from datamodels.running.worker import Worker
@@ -172,13 +173,6 @@ SIDES: dict[str, Callable[..., float | None]] = {
     "zarr": zarr,
     "LMDB": lmdb,
 }
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    cores = len(os.sched_getaffinity(0))
-    return f"{names[0] if names else platform.machine()}, {cores} cores, {platform.system()} {platform.release()}"
 
 
 def main() -> None:
