@@ -58,6 +58,13 @@ def encode(labels: Any, where: str, name: str = "labels", *, num: int | None = N
         raise MeasurementError(f"{where}: expected {num} {name}, one for each example; got {len(values)}")
     if values.dtype.kind not in "biufUSO":
         raise MeasurementError(f"{where}: expected {name} that are integers or text; got {values.dtype}")
+    if values.dtype.kind == "O":
+        missing = _missing(values)
+        if missing.any():
+            raise MeasurementError(
+                f"{where}: expected {name} that name classes; got {values[missing][0]} at position "
+                f"{int(missing.argmax())}, {int(missing.sum())} times in all; leave out examples without one"
+            )
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == np.floor(values)).all()):
         bad = int(np.argmax(~np.isfinite(values) | (values != np.floor(values))))
         raise MeasurementError(
@@ -74,6 +81,29 @@ def encode(labels: Any, where: str, name: str = "labels", *, num: int | None = N
             + (f", {values[0]!r} {len(values)} times" if len(values) else "")
         )
     return Labels(codes.astype(np.intp), counts.astype(np.float64))
+
+
+def _missing(values: np.ndarray) -> np.ndarray:
+    """(n,), bool: which objects are not equal to themselves, as NaN, NaT and pandas.NA are not."""
+
+    def one(value: Any) -> bool:
+        try:
+            return bool(value != value)
+        except TypeError:  # pandas.NA says neither yes nor no
+            return True
+
+    return np.array([one(value) for value in values], bool)
+
+
+def check_finite(values: np.ndarray, where: str, name: str) -> np.ndarray:
+    """The values (n, …) as they are; MeasurementError that says of how many examples some are not finite."""
+    bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    if bad.any():
+        raise MeasurementError(
+            f"{where}: {name} of {int(bad.sum())} of {len(values)} examples are not finite, first of example "
+            f"{int(bad.argmax())}; training may have diverged, or a float16 model overflowed: run that in float32"
+        )
+    return values
 
 
 @dataclass(frozen=True, eq=False)

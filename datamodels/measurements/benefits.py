@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datamodels.errors import MeasurementError
+from datamodels.measurements.arrays import check_finite, encode
 from datamodels.measurements.library import measurement
 
 if TYPE_CHECKING:
@@ -76,12 +77,10 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray, num_classes: int |
 def group_accuracy(
     logits: np.ndarray, labels: np.ndarray, groups: np.ndarray, num_classes: int | None = None
 ) -> dict[str, float]:
-    """`worst`: the lowest accuracy of a group; `gap`: the highest minus the lowest."""
+    """`worst`: the lowest accuracy of a group; `gap`: the highest minus the lowest. Groups are integers or text."""
     right = _checked(logits, labels, num_classes).argmax(1) == labels
-    names, group_of = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        raise MeasurementError(f"group_accuracy: expected two groups or more, got {names.tolist()}")
-    shares = np.bincount(group_of, weights=right) / np.bincount(group_of)
+    found = encode(groups, "group_accuracy", "groups", num=len(labels))
+    shares = np.bincount(found.codes, weights=right) / found.counts
     return {"worst": float(shares.min()), "gap": float(shares.max() - shares.min())}
 
 
@@ -107,7 +106,8 @@ def agreement(logits: np.ndarray, reference_logits: np.ndarray) -> float:
             f"agreement: expected the same classes of both models, got logits {logits.shape} and, of the reference, "
             f"{reference_logits.shape}"
         )
-    return float((logits.argmax(1) == reference_logits.argmax(1)).mean())
+    first = check_finite(logits, "agreement", "logits").argmax(1)
+    return float((first == check_finite(reference_logits, "agreement", "the reference's logits").argmax(1)).mean())
 
 
 @measurement(role="benefit", columns={"": (), **dict.fromkeys(CORRUPTIONS, (STRENGTHS,))})
@@ -139,7 +139,7 @@ def corrupted(images: np.ndarray, kind: str, strength: int, *, seed: int) -> np.
     many where h is above 32. `contrast`: each image's
     distance from its mean colour times CONTRAST. The noise is the same for the same seed, at every strength.
     """
-    pixels = image_array(images, f"corruption, {kind}")
+    pixels = image_array(images, f"corruption, {kind}").astype(np.float32)  # of 0 and 1 as uint8, noise would be cut
     if kind == "noise":
         drawn = np.random.default_rng(seed).standard_normal(pixels.shape, dtype=np.float32)
         pixels = pixels + np.float32(NOISE[strength]) * drawn
@@ -198,7 +198,9 @@ def adversarial(
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss_fn(model(x), y), x)
         with torch.no_grad():
-            right += int((model((x + epsilon * gradient.sign()).clamp(0, 1)).argmax(1) == y).sum())
+            logits = model((x + epsilon * gradient.sign()).clamp(0, 1))
+            check_finite(logits.float().cpu().numpy(), "adversarial", "logits")
+            right += int((logits.argmax(1) == y).sum())
     return right / len(labels)
 
 
@@ -215,9 +217,7 @@ def _checked(logits: np.ndarray, labels: np.ndarray, num_classes: int | None) ->
         )
     if labels.min() < 0 or labels.max() >= classes:
         raise MeasurementError(f"expected labels in [0, {classes}), got {labels.min()} to {labels.max()}")
-    if not np.isfinite(logits).all():
-        raise MeasurementError("the model's logits are not finite")
-    return logits
+    return check_finite(logits, "the model", "logits")
 
 
 def _log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 
 from datamodels.errors import MeasurementError
 from datamodels.measurements import transferability
+from datamodels.measurements.arrays import check_finite
 from datamodels.measurements.library import Measurement, measurement
 
 log_me = Measurement("log_me", transferability.log_me, infinite=True)  # where features fit a class exactly
@@ -21,6 +22,7 @@ num_params = Measurement("num_params", transferability.num_params)
 @measurement()
 def leep(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean log probability of the labels when read off the classes that the model was trained for."""
+    logits = check_finite(logits, "leep", "logits")
     shifted = np.exp(logits - logits.max(1, keepdims=True))
     return transferability.leep(shifted / shifted.sum(1, keepdims=True), labels)
 
@@ -28,7 +30,7 @@ def leep(logits: np.ndarray, labels: np.ndarray) -> float:
 @measurement()
 def nce(logits: np.ndarray, labels: np.ndarray) -> float:
     """Negative conditional entropy of the labels given the model's predicted classes."""
-    return transferability.nce(logits.argmax(1), labels)
+    return transferability.nce(check_finite(logits, "nce", "logits").argmax(1), labels)
 
 
 @measurement()

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from datamodels.measurements.arrays import check_finite
 from datamodels.measurements.backbones import Backbone
 from datamodels.measurements.datasets import Examples, ImageFiles
 from datamodels.measurements.library import NEEDS, Unmet
@@ -22,7 +23,8 @@ REFERENCE = "reference_"
 class View(Mapping[str, Any]):
     """The needs of measurements by name, of a model and examples; `seconds_inference` beside them.
 
-    Features and logits are of one forward pass. Where the names of the head's classes are those of the data set,
+    Features and logits are of one forward pass; where some are not finite, MeasurementError says of how many examples,
+    and so do `embed` and `predict`. Where the names of the head's classes are those of the data set,
     logits come in the data set's order. `reference` is a second model, whose needs are `reference_<need>`. `data` is
     held in memory as the model takes it, so it has at most `data_examples`, drawn from the seed with classes in
     proportion. `name` is what the user calls the model.
@@ -131,7 +133,7 @@ class View(Mapping[str, Any]):
 
     @property
     def _features(self) -> np.ndarray:
-        return self._pass[0]
+        return self._finite(self._pass[0], "features")
 
     @property
     def _logits(self) -> np.ndarray:
@@ -143,7 +145,7 @@ class View(Mapping[str, Any]):
 
     @property
     def _embed(self) -> Callable[[Any], np.ndarray]:
-        return lambda inputs: self._run(inputs)[0]
+        return lambda inputs: self._finite(self._run(inputs)[0], "features")
 
     @property
     def _predict(self) -> Callable[[Any], np.ndarray]:
@@ -152,7 +154,10 @@ class View(Mapping[str, Any]):
     def _headed(self, logits: np.ndarray | None) -> np.ndarray:
         if logits is None:
             raise Unmet(f"needs logits, and the model {self.backbone.name} has no head")
-        return logits
+        return self._finite(logits, "logits")
+
+    def _finite(self, values: np.ndarray, name: str) -> np.ndarray:
+        return check_finite(values, f"model {self.backbone.name}", name)
 
     @torch.no_grad()
     def _run(self, inputs: Any) -> tuple[np.ndarray, np.ndarray | None]:

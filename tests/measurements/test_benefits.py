@@ -69,8 +69,12 @@ def test_groups():
     groups = np.array(["rich"] * 4 + ["poor"] * 4 + ["other"] * 2)
     found = benefits.group_accuracy(logits, np.zeros(10, int), groups)
     assert found == {"worst": pytest.approx(0.25), "gap": pytest.approx(0.75)}
-    with pytest.raises(MeasurementError, match="two groups or more"):
+    with pytest.raises(MeasurementError, match="group_accuracy: expected at least 2 classes among the groups; got 1"):
         benefits.group_accuracy(logits, np.zeros(10, int), np.zeros(10))
+    unknown = np.where(np.arange(10) > 6, np.nan, np.arange(10) % 2)
+    for groups in (unknown, unknown.astype(object)):
+        with pytest.raises(MeasurementError, match="group_accuracy: expected groups that name classes; got nan"):
+            benefits.group_accuracy(logits, np.zeros(10, int), groups)
 
 
 def test_drop_and_agreement():
@@ -82,6 +86,10 @@ def test_drop_and_agreement():
     assert benefits.agreement(LOGITS, other) == pytest.approx((LOGITS.argmax(1) == other.argmax(1)).mean())
     with pytest.raises(MeasurementError, match="expected the same classes of both models"):
         benefits.agreement(LOGITS, other[:, :3])
+    unknown = np.where(np.arange(300)[:, None] % 100 == 5, np.nan, LOGITS)
+    for pair in ((unknown, LOGITS), (LOGITS, unknown), (unknown, unknown)):
+        with pytest.raises(MeasurementError, match="logits of 3 of 300 examples are not finite, first of example 5"):
+            benefits.agreement(*pair)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +157,15 @@ def test_strengths_go_further_and_further_and_stay_in_range(kind):
     assert (np.diff(distances) > 0).all() and distances[0] > 0
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool, np.float64])
+@pytest.mark.parametrize("kind", benefits.CORRUPTIONS)
+def test_images_of_whole_numbers_are_corrupted_as_floats_are(kind, dtype):
+    squares = (IMAGES > 0.5).astype(dtype)
+    found = benefits.corrupted(squares, kind, 1, seed=0)
+    assert found.dtype == np.float32 and len(np.unique(found)) > 2
+    assert (found == benefits.corrupted(squares.astype(np.float32), kind, 1, seed=0)).all()
+
+
 def test_corruption_is_accuracy_on_what_is_corrupted():
     """A model that reads off the brightest quarter; its answers are asked for 15 sets of images."""
     images = np.zeros((40, 1, 8, 8), np.float32) + 0.2
@@ -214,6 +231,15 @@ def test_the_step_stays_within_the_pixels_range():
     x = torch.tensor([[0.02, 0.99]])
     benefits.adversarial(Seen(), (x, torch.tensor([0])), functional.cross_entropy, epsilon=0.1)
     assert seen[1].tolist() == [[0, 1]]  # where it goes down .1 and up .1
+
+
+def test_a_model_that_gives_no_numbers_has_no_adversarial_accuracy():
+    """argmax takes NaN for the largest, so that such a model would be right wherever the label is 0."""
+    model, inputs = TwoPixels(), (torch.rand(4, 2), torch.zeros(4, dtype=torch.int64))
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(MeasurementError, match="adversarial: logits of 4 of 4 examples are not finite"):
+        benefits.adversarial(model, inputs, functional.cross_entropy)
 
 
 def test_nothing_is_left_behind_in_the_model():

@@ -49,6 +49,14 @@ def test_log_me_may_be_infinite():
     assert found["log_me"] == np.inf
 
 
+@pytest.mark.parametrize("name", ["leep", "nce"])
+def test_logits_that_are_no_numbers_are_refused(name):
+    logits = np.where(np.arange(600)[:, None] % 200 == 7, np.nan, LOGITS)
+    found = measure([name], {"": {**VIEW, "logits": logits}})[name]
+    assert isinstance(found, MeasurementError)
+    assert f"{name}: logits of 3 of 600 examples are not finite, first of example 7" in str(found)
+
+
 def test_a_table_that_nobody_named():
     found = measure(["published_accuracy"], {"": VIEW})["published_accuracy"]
     assert isinstance(found, MeasurementError) and "?table=FILE" in str(found)

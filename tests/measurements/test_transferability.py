@@ -664,6 +664,7 @@ def test_few_examples_are_warned_about(call, few, enough, message):
         (TINY, [0, 0, 1, 1, 1, 0.5], "name classes; got 0.5 at position 5"),
         (TINY, [0, 0, 1, 1, 1, np.nan], "got nan at position 5"),
         (TINY, np.array([0, 0, 1, 1, "x", None], object), "several types"),
+        (TINY, np.array([0, 1, np.nan, 1, 0, float("nan")], object), "got nan at position 2, 2 times in all"),
     ],
 )
 def test_what_cannot_be_measured(metric, features, labels, message):

@@ -77,6 +77,32 @@ def test_a_pass_that_fails_is_not_tried_again():
     assert found["num_params"] == 34
 
 
+def test_numbers_that_are_not_finite_are_refused_where_they_are_handed_out():
+    class Halved(Module):
+        def both(self, batch):
+            features, logits = super().both(batch)
+            dark = batch.mean((1, 2, 3)) < 0.5
+            return torch.where(dark[:, None], torch.inf, features), torch.where(dark[:, None], torch.nan, logits)
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 2))
+    bad, fine = Backbone("bad", Halved(net, "bad"), _arrays).ready("cpu"), backbone()
+    dark = int((LABELS == 0).sum())
+    view = View(bad, EXAMPLES)
+    for name, get in {
+        "features": lambda: view["features"], "logits": lambda: view["logits"],
+        "features ": lambda: view["embed"](INPUTS), "logits ": lambda: view["predict"](INPUTS),
+    }.items():  # fmt: skip
+        with pytest.raises(MeasurementError, match=f"model bad: {name.strip()} of {dark} of 150 examples are not fin"):
+            get()
+    assert view["seconds_inference"] > 0
+    for view in (view, View(fine, EXAMPLES, reference=bad)):
+        found = measure(["agreement"], {"": view})["agreement"]
+        assert isinstance(found, MeasurementError)
+    found = measure(["accuracy", "nce", "leep", "log_me", "effective_rank", "corruption"], {"": View(bad, EXAMPLES)})
+    for key, value in found.items():
+        assert "seconds" in key or "not finite" in str(value), key
+
+
 def test_every_need_is_there_or_says_why_not():
     view = View(backbone(), EXAMPLES, seed=7)
     for need in NEEDS:

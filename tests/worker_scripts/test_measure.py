@@ -216,6 +216,14 @@ def test_samples_are_kept():
     assert "expected measure.samples of 1 to 797" in str(found["sample_ids"]) and found["accuracy"] > 0.8
 
 
+def test_predictions_of_a_model_that_gives_no_numbers_are_none(monkeypatch):
+    both = Module.both
+    monkeypatch.setattr(Module, "both", lambda self, batch: (both(self, batch)[0], both(self, batch)[1] * torch.nan))
+    with configured(samples=5):
+        found = run(["num_params"], dataset="digits", keys=("num_params", "sample_ids", "sample_predictions"))
+    assert found["sample_ids"].shape == (5,) and "logits of 797 of 797" in str(found["sample_predictions"])
+
+
 def test_smoke_is_three_batches(monkeypatch):
     seen, both = [], Module.both
     monkeypatch.setattr(Module, "both", lambda self, batch: seen.append(len(batch)) or both(self, batch))
