@@ -22,6 +22,13 @@ from datamodels.errors import DatamodelsError
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params")
 STEPS = ("step", "global_step", "iteration", "iter", "epoch")
+# What a number in a file name counts, those first that count finest; `lr_1e-3` and `step_10k` count nothing.
+_SAID = [
+    re.compile(rf"(?<![a-z]){words}[-_= ]?(\d+)(?!\.?[0-9a-z])")
+    for words in ("steps?", "iter(?:ation)?s?", "it", "epochs?", "ep", "(?<![0-9])e")
+]
+_BARE = re.compile(r"(?:(?:check[-_]?point|ch?k?pt|model|net|network|state|weights|params|snapshot)[-_. ]?)?(\d+)")
+_ENDING = re.compile(r"(?:\.(?:tar|pth|pt|ckpt|bin|pkl|th|safetensors|gz))+$")
 # Beside the weights lie the run's arguments and numpy's numbers; to build these runs nothing of the file's choosing.
 _SCALAR = np.float64(0).__reduce__()[0]
 _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, _SCALAR, (_SCALAR, "numpy.core.multiarray.scalar")] + [
@@ -31,7 +38,11 @@ _HARMLESS: list[Any] = [argparse.Namespace, np.dtype, _SCALAR, (_SCALAR, "numpy.
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights by name as the file has them, and the training step: of the file, else of its name, else None."""
+    """The weights by name as the file has them, and the training step: of the file, else of its name, else None.
+
+    Of a name it is the number behind step, iter, it, epoch, ep or e, in this order, or the only thing that the name
+    says beside `checkpoint`, `model` and the like: 12 of `resnet18_epoch12_acc93.1.pth`, nothing of `resnet18.pth`.
+    """
 
     path: Path
     state: dict[str, torch.Tensor]
@@ -77,8 +88,41 @@ def _step(content: Any, path: Path) -> int | None:
         value = content.get(key) if isinstance(content, Mapping) else None
         if isinstance(value, int | float | np.number) or (isinstance(value, torch.Tensor) and value.numel() == 1):
             return int(value)
-    numbers = re.findall(r"\d+", path.name.partition(".")[0])
-    return int(numbers[-1]) if numbers else None
+    return step_of_name(path.name)
+
+
+def step_of_name(name: str) -> int | None:
+    """The training step that a file's name says, as in `Checkpoint`; None where it says none, or two of a kind."""
+    words = _ENDING.sub("", re.sub(r"([a-z])(?=[A-Z])", r"\1_", name).lower())
+    for said in _SAID:
+        numbers = {int(number) for number in said.findall(words)}
+        if numbers:
+            return numbers.pop() if len(numbers) == 1 else None
+    alone = _BARE.fullmatch(words)
+    return int(alone[1]) if alone else None
+
+
+def by_step(folder: str | Path, pattern: str = "*") -> dict[int, Path]:
+    """The checkpoints of a folder by training step, ascending.
+
+    Raises DatamodelsError, naming the files, where there is none, where one says no step, or where two say the same.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(path for path in Path(folder).glob(pattern) if _ENDING.search(path.name.lower())):
+        step = read(path).step
+        if step is None:
+            raise DatamodelsError(
+                f"checkpoint {path}: nothing says its training step; rename it, as in step-000100{path.suffix}"
+            )
+        if step in found:
+            raise DatamodelsError(
+                f"checkpoints {found[step]} and {path.name}: both say that they are of step {step}; move one away, or "
+                f"rename it, as in step-000100{path.suffix}"
+            )
+        found[step] = path
+    if not found:
+        raise DatamodelsError(f"{folder}: no checkpoint {pattern} in it; expected .pt, .pth, .ckpt or .pth.tar")
+    return dict(sorted(found.items()))
 
 
 def fill(model: nn.Module, found: Checkpoint) -> None:

@@ -4,7 +4,7 @@
 #   bash examples/llc/cifar.sh CHECKPOINTS DATA [FOLDER] [options of worker_scripts/llc.py]
 #
 # CHECKPOINTS is a folder of .pt, .pth or .pth.tar files (bare state_dicts, or what a training run saved; prefixes as
-# `module.` are understood), DATA what they were trained on: cifar10:DIR with CIFAR-10's batches, or
+# `module.` are understood; each says its training step, in the file or by its name), DATA what they were trained on: cifar10:DIR with CIFAR-10's batches, or
 # folder:DIR?size=224 with a folder of images for each class. Results go to FOLDER, out/llc-checkpoints if left out.
 #
 # Defaults are for a ResNet-18 on CIFAR-10, on one GPU. MODEL, NORMALISE and the options behind FOLDER change that:
@@ -53,12 +53,16 @@ EOF
     "$python" -m datamodels.initialize_logdir --logging.logdir="$out/$1" --logging.spec="$out/$1.json"
 }
 
+# The last checkpoint; a folder in which two are of one step, or one of none, ends it here.
+last=$("$python" -c 'import sys
+from datamodels.errors import DatamodelsError
+from datamodels.learning.foreign import by_step
+try:
+    print(list(by_step(sys.argv[1], "*.p*t*").values())[-1])
+except DatamodelsError as error:
+    sys.exit(f"error: {error}")' "$checkpoints") || exit 1
+
 if [[ -z ${EPSILON:-} || -z ${GAMMA:-} ]]; then
-    last=$("$python" -c 'import sys
-from pathlib import Path
-from datamodels.learning.foreign import read
-files = [p for p in Path(sys.argv[1]).iterdir() if p.suffix in (".pt", ".pth", ".tar")]
-print(max(files, key=lambda p: (read(p).step or 0, p.name)))' "$checkpoints")
     spec sweep "{\"epsilon\": ${EPSILONS:-[1e-9, 1e-8, 1e-7, 1e-6, 1e-5]}, \"gamma\": ${GAMMAS:-[100, 1000, 10000]}}"
     # One row on a few steps first: a wrong folder or option ends it here, and not row after row.
     "$python" -m datamodels.worker --worker.smoke --worker.logdir="$out/sweep" "${job[@]}" --llc.checkpoint="$last"

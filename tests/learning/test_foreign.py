@@ -63,11 +63,43 @@ def test_old_batch_norms_do_not_count_their_batches(tmp_path):
         ("a.pt", {"model": STATE, "epoch": 3}, 3),
         ("a.pt", {"model": STATE, "iteration": torch.tensor(9)}, 9),
         ("final.pt", STATE, None),
+        ("resnet18.pth", STATE, None),
+        ("vit_b_16.pth", STATE, None),
+        ("epoch_010_acc_93.12.pth.tar", STATE, 10),
+        ("model_e05_top1_76.pth", STATE, 5),
+        ("ckpt_epoch10_lr0.1.pth", STATE, 10),
+        ("resnet18_lr1e-3_wd5e-4.pt", STATE, None),
+        ("epoch=3-step=2048.ckpt", STATE, 2048),
+        ("ep7_it900.pt", STATE, 900),
+        ("netEpoch12.pth", STATE, 12),
+        ("iteration-40000.pth", STATE, 40000),
+        ("step_10k.pt", STATE, None),
+        ("epoch1_of_epoch90.pt", STATE, None),
+        ("seed3.pt", STATE, None),
+        ("checkpoint-500.pt", STATE, 500),
+        ("ckpt.100.pt", STATE, 100),
+        ("00250.pt", STATE, 250),
     ],
 )
 def test_training_steps(tmp_path, name, content, step):
     torch.save(content, tmp_path / name)
     assert foreign.read(tmp_path / name).step == step
+
+
+def test_the_checkpoints_of_a_folder_by_step(tmp_path):
+    for name in ("epoch10.pth", "epoch9.pth", "epoch_011_acc_93.1.pth.tar"):
+        torch.save(STATE, tmp_path / name)
+    (tmp_path / "log.txt").write_text("of no interest")
+    names = ("epoch9.pth", "epoch10.pth", "epoch_011_acc_93.1.pth.tar")
+    assert list(foreign.by_step(tmp_path).items()) == list(zip((9, 10, 11), map(tmp_path.joinpath, names), strict=True))
+    torch.save({"model": STATE, "epoch": 10}, tmp_path / "best.pth")
+    with pytest.raises(DatamodelsError, match=r"best\.pth and epoch10\.pth: both say that they are of step 10"):
+        foreign.by_step(tmp_path)
+    torch.save(STATE, tmp_path / "best.pth")
+    with pytest.raises(DatamodelsError, match=r"best\.pth: nothing says its training step"):
+        foreign.by_step(tmp_path)
+    with pytest.raises(DatamodelsError, match="no checkpoint"):
+        foreign.by_step(tmp_path, "*.bin")
 
 
 def test_numbers_of_an_older_numpy(tmp_path):
