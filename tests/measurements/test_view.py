@@ -95,8 +95,8 @@ def test_numbers_that_are_not_finite_are_refused_where_they_are_handed_out():
         with pytest.raises(MeasurementError, match=f"model bad: {name.strip()} of {dark} of 150 examples are not fin"):
             get()
     assert view["seconds_inference"] > 0
-    for view in (view, View(fine, EXAMPLES, reference=bad)):
-        found = measure(["agreement"], {"": view})["agreement"]
+    for one in (view, View(fine, EXAMPLES, reference=bad)):
+        found = measure(["agreement"], {"": one})["agreement"]
         assert isinstance(found, MeasurementError)
     found = measure(["accuracy", "nce", "leep", "log_me", "effective_rank", "corruption"], {"": View(bad, EXAMPLES)})
     for key, value in found.items():
