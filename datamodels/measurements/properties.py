@@ -24,6 +24,7 @@ TRANSFORMATIONS: dict[str, Callable[[Pixels], Pixels]] = {
     "invert": lambda images: 1 - images,
 }
 _GIVEN = ("flip", "shift", "rotation")
+MISSED = 0.05  # of the spectrum's width, that the largest eigenvalue may be higher than found, with probability 0.01
 
 
 @measurement(columns={"l2": (), "rms": (), "spectral": ()})
@@ -164,11 +165,14 @@ def sharpness(
     tolerance: float = 0.01,
     iterations: int = 500,
 ) -> float:
-    """Largest eigenvalue of the Hessian of the mean loss, by power iteration.
+    """Largest eigenvalue of the Hessian of the mean loss, by Lanczos: power iteration that forgets no step.
 
-    Hessian-vector products by differentiating twice. Where the eigenvalue of largest size is negative, the Hessian is
-    shifted by it and iterated again. The residual ‖Hv − λv‖ is at most tolerance · |λ|, so an eigenvalue is that near;
-    DatamodelsError where `iterations` do not get there.
+    Hessian-vector products by differentiating twice, at most `iterations`; beside the gradients it holds four vectors
+    as long as the parameters. It ends where two things hold of the value λ (the largest Ritz value, never above the
+    eigenvalue but by rounding): the residual ‖Hv − λv‖ is at most tolerance · |λ|, so an eigenvalue is that near; and
+    the products are so many, some 25, that with probability 0.99 over the random start no eigenvalue is above λ by
+    more than 5 % (or the tolerance, if that is more) of the whole spectrum's width, whatever the spectrum (Kuczyński &
+    Woźniakowski 1992, theorem 4.2). Most are found far closer. MeasurementError where `iterations` do not get there.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -197,33 +201,46 @@ def sharpness(
 
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(sum(p.numel() for p in parameters), generator=generator).to(device, parameters[0].dtype)
-    value = _power_iteration(product, start, tolerance, iterations)
-    if value >= 0:
-        return value
-    # H − value · I has no negative eigenvalue, and its largest is that of H moved by −value.
-    return value + _power_iteration(lambda v: product(v) - value * v, start, tolerance, iterations)
+    return _largest_eigenvalue(product, start, tolerance, iterations)
 
 
-def _power_iteration(
+def _largest_eigenvalue(
     product: Callable[[torch.Tensor], torch.Tensor], start: torch.Tensor, tolerance: float, iterations: int
 ) -> float:
-    vector = start / start.norm()
+    """Lanczos without reorthogonalisation, whose rounding adds copies of eigenvalues and no others (Paige 1980)."""
+    import torch
+    from scipy.linalg import eigh_tridiagonal
+
+    eps = torch.finfo(start.dtype).eps
+    missed = max(tolerance, MISSED)  # 1.648 √p exp(−√missed (2k − 1)) ≤ 0.01
+    least = math.ceil((1 + math.log(1.648 * math.sqrt(len(start)) / 0.01) / math.sqrt(missed)) / 2)
+    alphas: list[float] = []
+    betas: list[float] = []
+    vector, before, beta, scale = start / start.norm(), torch.zeros_like(start), 0.0, 0.0
     value = residual = float("nan")
-    for _ in range(iterations):
-        image = product(vector)
-        value = float(vector @ image)
-        residual = float((image - value * vector).norm())
-        if not math.isfinite(residual):
+    for k in range(iterations):
+        image = product(vector).sub_(before, alpha=beta)
+        alpha = 0.0
+        for _ in range(2):  # what the first time leaves of the vector may be as long as all the rest
+            part = float((vector * image).sum(dtype=torch.float64))
+            image.sub_(vector, alpha=part)
+            alpha += part
+        beta = math.sqrt(float(image.square().sum(dtype=torch.float64)))
+        if not math.isfinite(alpha) or not math.isfinite(beta):
             raise MeasurementError("sharpness: a Hessian-vector product is not finite")
-        if residual <= tolerance * abs(value):
+        alphas.append(alpha)
+        values, vectors = eigh_tridiagonal(alphas, betas, select="i", select_range=(k, k))
+        value, residual = float(values[0]), beta * abs(float(vectors[-1, 0]))
+        scale = max(scale, abs(alpha) + beta)
+        if beta <= eps * scale:  # the vectors so far span all that the start has a part in, which is everything
             return value
-        length = image.norm()
-        if length == 0:
-            return 0.0
-        vector = image / length
+        if k + 1 >= least and residual <= max(tolerance * abs(value), 8 * eps * scale):
+            return value
+        betas.append(beta)
+        vector, before = image / beta, vector
     raise MeasurementError(
-        f"sharpness: after {iterations} products the eigenvalue is {value:.4g} with a residual of {residual:.2g}, "
-        f"above {tolerance} of it; raise ?iterations= or ?tolerance="
+        f"sharpness: after {iterations} products the eigenvalue is {value:.4g} with a residual of {residual:.2g}; "
+        f"expected at most {tolerance:g} of it, after {least} products or more; raise ?iterations= or ?tolerance="
     )
 
 
