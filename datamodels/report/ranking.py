@@ -25,9 +25,9 @@ _MARKERS = "osD^vPX<>h"
 def vs_samples(scores: Scores, *, metrics: Sequence[str] = (), actual: Grid | None = None) -> Figure:
     """Each measurement against the number of samples that it was computed from, a line per model.
 
-    The band is one standard deviation over seeds to both sides. A row of panels per measurement, a column per data set;
-    what changes with neither samples nor seeds has none. With `actual`, models are coloured and listed in
-    the order of what fine-tuning reached, on average over the data sets shown.
+    The band is one standard deviation over seeds to both sides; what is infinite is not drawn. A row of panels per
+    measurement, a column per data set; what changes with neither samples nor seeds has none. With `actual`, models are
+    coloured and listed in the order of what fine-tuning reached, on average over the data sets shown.
 
     Raises RankingError where there are not two numbers of samples.
     """
@@ -103,7 +103,7 @@ def vs_actual(ranking: Ranking) -> Figure:
     """Each score against what fine-tuning reached, a named point per model, Kendall's tau above.
 
     A row of panels per score, a column per data set. Bars are one standard deviation of the fine-tuned performance over
-    seeds. Models without a value are missing from a panel.
+    seeds. Models without a value are missing from a panel, and so are infinite scores, of which it says how many.
     """
     joined = ranking.joined
     _few_panels(len(joined.scores), len(joined.datasets), joined.where)
@@ -143,6 +143,8 @@ def vs_actual(ranking: Ranking) -> Figure:
             if np.abs(x[there]).max(initial=0) >= 1e5:
                 axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.tick_params(labelsize=8)
+            if beyond := int((np.isinf(x) & np.isfinite(y)).sum()):
+                axes.set_xlabel(f"{beyond} not drawn: infinite", color=FAINT, size=8)
             _name_points(
                 axes,
                 x[there],

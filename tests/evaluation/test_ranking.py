@@ -66,6 +66,30 @@ def test_a_draw_is_the_statistic_of_the_models_as_often_as_they_are_drawn(name):
         assert value == pytest.approx(ORACLES[name](scores[drawn], actual[drawn]).statistic, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.parametrize("beyond", [(np.inf,), (-np.inf,), (np.inf, np.inf, -np.inf)])
+def test_infinite_scores_are_ranks_that_pearson_leaves_out(name, beyond):
+    """The ranks of scipy's statistics are the same if the infinities are numbers far away."""
+    rng = np.random.default_rng(len(beyond))
+    scores = rng.standard_normal(9)
+    actual = 0.6 * scores + rng.standard_normal(9)
+    scores[[1, 4, 6][: len(beyond)]] = beyond
+    counts = np.concatenate([ones(9), rng.multinomial(9, np.full(9, 1 / 9), size=20)])
+    got = statistics.correlations(scores, actual, counts)[name]
+    far, finite = np.clip(scores, -1e6, 1e6), np.isfinite(scores)
+    for value, count in zip(got, counts, strict=True):
+        drawn = np.repeat(np.arange(9), count * (finite if name == "pearson" else 1))
+        truth = ORACLES[name](far[drawn], actual[drawn]).statistic if len(drawn) > 1 else np.nan
+        assert value == pytest.approx(truth, abs=1e-6, nan_ok=True)
+
+
+def test_pearson_of_two_finite_scores_is_no_number():
+    scores = np.array([np.inf, 1.0, 2.0, -np.inf])
+    found = statistics.correlations(scores, np.arange(4.0), ones(4))
+    assert math.isnan(found["pearson"][0])
+    assert found["tau"][0] == pytest.approx(-4 / 6)  # of six pairs only that of the finite ones is concordant
+
+
 def test_a_constant_score_predicts_nothing_and_constant_performance_cannot_be_predicted():
     same, different = np.full(5, 0.1) * 3, np.arange(5.0)
     for name in ORACLES:
@@ -96,13 +120,20 @@ def test_where_equal_scores_compete_it_is_the_mean_over_who_is_taken(seed):
     rng = np.random.default_rng(seed)
     models = 6
     scores, actual = rng.integers(0, 3, models).astype(float), rng.integers(1, 5, models) / 5
+    if seed >= 3:  # what is infinite is taken first or last, what is missing never, and may have been the best
+        scores[:4] = np.inf, np.nan, np.nan, -np.inf
+        actual[1] = 0.9
     counts = rng.multinomial(models, np.full(models, 1 / models), size=6)
     for k in (1, 2, 3, 5):
         got = statistics.choices(scores, actual, counts, k)
         for b, count in enumerate(counts):
             there = np.flatnonzero(count)
             best, regrets, hits = actual[there].max(), [], []
-            for order in itertools.permutations(there):  # all ways to break ties are equally often among these
+            scored = there[~np.isnan(scores[there])]
+            if not len(scored):
+                assert math.isnan(got[0][b]) and math.isnan(got[1][b])
+                continue
+            for order in itertools.permutations(scored):  # all ways to break ties are equally often among these
                 taken = sorted(order, key=lambda m: -scores[m])[:k]
                 reached = max(actual[m] for m in taken)
                 regrets.append((best - reached) / best)
@@ -341,13 +372,14 @@ def test_tables_that_cannot_be_ranked(tmp_path, text, told):
 
 
 def test_a_foreign_table(tmp_path):
-    """Empty cells are missing, true and false are numbers, text is no score, infinities are no value."""
+    """Empty cells are missing, true and false are numbers, text is no score; an infinity of one seed is the mean's."""
     lines = ["a,d,10,0,1.5,1e6,x,", "a,d,10,1,2.5,1e6,y,", "b,d,10,0,inf,2e6,x,", "a,d,,,,,,0.5", "b,d,,,,,,0.75"]
+    lines += ["b,d,10,1,3,2e6,x,"]
     scores = table(tmp_path / "scan.csv", CSV + "\n".join(lines) + "\n")
     assert set(scores.values) == {"log_me", "num_params", "accuracy"}
     grid = scores.of(n_samples=10).mean()
-    assert grid.values["log_me"][0, 0] == 2 and math.isnan(grid.values["log_me"][1, 0])
-    assert grid.seeds["log_me"].tolist() == [[2], [0]]
+    assert grid.values["log_me"].tolist() == [[2], [np.inf]] and math.isnan(grid.spreads["log_me"][1, 0])
+    assert grid.seeds["log_me"].tolist() == [[2], [2]]
     assert ranking.actual_of(scores, "accuracy")[0].values["accuracy"].tolist() == [[0.5], [0.75]]
 
 
@@ -536,9 +568,65 @@ def test_missing_values_leave_out_models_and_data_sets_and_say_so():
     ]
     assert found.difference.value == pytest.approx(np.mean(expected) - np.mean(base)), "on the same models"
     said = "\n".join(ranking.lines(ranking.rank(joined, draws=50)))
-    assert "m: some models have no value: 5 of 6 on d0" in said
+    assert "m lacks m0 on d0: its correlations are of the other models" in " ".join(said.split())
     assert "m: d1 does not count: 2 models have both numbers, at least 3 are needed" in said
     assert "num_params: d3 does not count: all models perform the same" in said
+
+
+def test_what_an_infinite_score_says_is_kept(tmp_path, capsys):
+    """Features that separate the classes exactly have LogME inf; a sum of z-scores has no place for it."""
+    lines = [f"{m},d,{x},{n}" for m, x, n in zip("abcdef", ("inf", 5, 4, 6, 3, 2), range(1, 7), strict=True)]
+    (tmp_path / "s.csv").write_text("model,dataset,log_me,num_params\n" + "\n".join(lines) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps({m: 0.9 - 0.1 * i for i, m in enumerate("abcdef")}))
+    command = [tmp_path / "s.csv", f"--scores_file={tmp_path}/a.json", "--metrics=log_me,num_params,log_me-num_params"]
+    found = {row["score"]: row for row in json.loads(said(capsys, *command, "--json", "--draws=20"))["scores"]}
+    ranks, actual = [7, 5, 4, 6, 3, 2], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    row = found["log_me"]
+    assert row["tau"]["value"] == pytest.approx(stats.kendalltau(ranks, actual).statistic)
+    assert row["weighted_tau"]["value"] == pytest.approx(stats.weightedtau(ranks, actual).statistic)
+    assert row["pearson"]["value"] == pytest.approx(stats.pearsonr(ranks[1:], actual[1:]).statistic)
+    assert (row["regret@1"]["value"], row["hit@1"]["value"], row["datasets"][0]["chosen"]) == (0, 1, ["a"])
+    assert (row["datasets"][0]["models"], row["datasets"][0]["infinite"]) == (6, ["a"])
+    summed = found["log_me-num_params"]
+    assert (summed["datasets"][0]["models"], summed["datasets"][0]["missing"]) == (5, ["a"])
+    text = " ".join(said(capsys, *command, "--draws=20").split())
+    assert "log_me is infinite for a on d: ranks, which Pearson's correlation leaves out" in text
+    assert "log_me-num_params: no sum for a on d, where log_me is infinite" in text
+
+
+def test_regret_is_against_the_best_of_all_whoever_lacks_it():
+    """A score that lacks the best model loses what it would have brought; the others' best is the same."""
+    joined = made(models=6, datasets=1, blind=0, num_params=0)
+    joined.scores["num_params"][:] = -joined.actual
+    joined.actual[:, 0] = [0.9, 0.6, 0.5, 0.4, 0.3, 0.2]
+    joined.scores["blind"][:, 0] = [np.nan, 5, 4, 3, 2, 1]
+    joined.scores["num_params"][:, 0] = [5, 6, 4, 3, 2, 1]
+    ranked = ranking.rank(joined, draws=50, ks=(1, 2, 3))
+    for k, blind, parameters in ((1, 0.3 / 0.9, 0.3 / 0.9), (2, 0.3 / 0.9, 0), (3, 0.3 / 0.9, 0)):
+        for name, regret in (("blind", blind), ("num_params", parameters)):
+            found = ranked[name].estimates
+            assert found[f"regret@{k}"].value == pytest.approx(regret), (name, k)
+            assert found[f"hit@{k}"].value == (regret == 0)
+            assert found[f"regret@{k}"].low <= regret <= found[f"regret@{k}"].high
+    on = ranked["blind"].datasets[0]
+    assert (on.models, on.best, on.best_reached, on.missing, on.chosen) == (5, "m0", 0.9, ("m0",), ("m1",))
+    assert ranked["blind"].estimates["tau"].value == 1, "of the models that it has"
+    two = " ".join("\n".join(ranking.lines(ranking.rank(joined, draws=50, ks=(2,)))).split())
+    assert "Lowest regret@2: num_params." in two and "note: blind lacks m0 on d0" in two
+
+
+def test_the_lowest_regret_is_that_on_the_same_data_sets():
+    joined = made(models=5, datasets=2, m=0, num_params=0)
+    joined.actual[:] = np.array([0.5, 0.6, 0.7, 0.8, 0.9])[:, None]
+    joined.scores["num_params"][:, 0], joined.scores["num_params"][:, 1] = [1, 2, 3, 4, 5], [5, 4, 3, 2, 1]
+    joined.scores["m"][:, 0], joined.scores["m"][:, 1] = [1, 2, 3, 5, 4], np.nan
+    joined.actual[2, 0] = np.nan
+    ranked = ranking.rank(joined, draws=50)
+    regrets = {row.metric: row.estimates["regret@1"].value for row in ranked.rows}
+    assert regrets == {"m": pytest.approx(0.1 / 0.9), "num_params": pytest.approx(0.4 / 0.9 / 2)}
+    text = " ".join("\n".join(ranking.lines(ranked)).split())
+    assert "Lowest regret@1 on d0, which all scores have: num_params." in text
+    assert "note: accuracy is not known of m2 on d0: left out there" in text
 
 
 def test_a_ranking_needs_its_baseline_and_something_to_rank():
@@ -610,7 +698,7 @@ def test_the_tables(scan, capsys):
     )
     assert [line.split()[0] for line in lines if "[" in line and line.startswith(("  ", "* "))].count("*") == 2
     assert "log_me+num_params" in text and "regret@1, %" in text and "tau above num_params" in text
-    assert "log_me: some models have no value: 4 of 5 on cars" in text
+    assert "log_me lacks broken on cars" in text
     assert max(map(len, lines)) <= 140
 
 
@@ -742,6 +830,19 @@ def test_points_stand_where_the_numbers_say():
     np.testing.assert_array_equal(x, joined.scores["m"][kept, 1])
     np.testing.assert_array_equal(y, joined.actual[kept, 1])
     assert axes.get_title(loc="right") == f"τ {found['m'].datasets[1].values['tau']:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+@pytest.mark.parametrize("how_many", [1, 5])
+def test_infinite_scores_are_left_out_of_the_picture_and_counted(how_many):
+    joined = made(models=5, datasets=1, m=1, num_params=0.5)
+    joined.scores["m"][:how_many, 0] = np.inf
+    figure = pictures.vs_actual(ranking.rank(joined, draws=20))
+    figure.canvas.draw()
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    x, y = panels["m"].containers[0].lines[0].get_data()
+    np.testing.assert_array_equal(x, joined.scores["m"][how_many:, 0])
+    np.testing.assert_array_equal(y, joined.actual[how_many:, 0])
+    assert panels["m"].get_xlabel() == f"{how_many} not drawn: infinite" and panels["num_params"].get_xlabel() == ""
 
 
 def test_lines_against_samples_are_means_with_their_spread(scan):

@@ -84,7 +84,7 @@ def join(
     default = [metric for metric in scores.metrics() if metric != name]
     wanted = [parse(expression, scores) for expression in metrics or default]
     parts = dict.fromkeys(part for terms in wanted for _, part in terms)
-    there = np.any([np.isfinite(lines.values[part]) for part in parts], axis=0)
+    there = np.any([~np.isnan(lines.values[part]) for part in parts], axis=0)
     lines = lines.take(there)
     if not there.any():
         raise RankingError(f"{scores.where}: no line at n_samples {size} holds a number of {some(parts)}")
@@ -108,7 +108,7 @@ def join(
         size,
         (int(seeds[seeds > 0].min()), int(seeds.max())),
         (int(actual.seeds[name][reached][finite].min()), int(actual.seeds[name][reached].max())),
-        (*notes, *_incomplete(scores), *left_out),
+        (*notes, *_incomplete(scores), *left_out, *_infinite(wanted, cut, models, names)),
     )
 
 
@@ -236,7 +236,8 @@ def show(terms: Terms) -> str:
 def combined(terms: Terms, values: Mapping[str, np.ndarray]) -> np.ndarray:
     """(M, D): one measurement with its sign as it is, or of several the sum of their z-scores.
 
-    z is taken in each data set over the models that have all terms; a term that is the same for all of them adds 0.
+    z is taken in each data set over the models of which all terms are finite, the others having no sum; a term that is
+    the same for all of them adds 0. An infinity that stands alone is kept: it ranks above or below all numbers.
     """
     if len(terms) == 1:
         ((sign, name),) = terms
@@ -250,6 +251,20 @@ def combined(terms: Terms, values: Mapping[str, np.ndarray]) -> np.ndarray:
             if len(part) and part.min() < part.max():
                 total[rows, column] += sign * (part - part.mean()) / part.std()
     return total
+
+
+def _infinite(
+    wanted: Sequence[Terms], values: Mapping[str, np.ndarray], models: Sequence[str], datasets: Sequence[str]
+) -> list[str]:
+    """Which models have no sum because a term is infinite."""
+    notes = []
+    for terms in wanted:
+        for _, name in dict.fromkeys(terms) if len(terms) > 1 else ():
+            for d, dataset in enumerate(datasets):
+                which = [models[m] for m in np.flatnonzero(np.isinf(values[name][:, d])).tolist()]
+                if which:
+                    notes.append(f"{show(terms)}: no sum for {some(which)} on {dataset}, where {name} is infinite")
+    return notes
 
 
 # -------------------------------------------------------------------------------------- names that do not join

@@ -21,9 +21,10 @@ FEWEST = 3  # models that a ranking needs: of two, one is above the other
 class OnDataset:
     """How a score ranks the models of one data set.
 
-    models: how many have both numbers.  best: of them, the one that did best, and what it reached.  chosen: those with
-    the highest score (several where it is shared) and what they reached on average.  values: statistic -> number.
-    left_out: why it does not count, or "".
+    models: how many have both numbers.  best: of all whose performance is known, the one that did best, and what it
+    reached.  chosen: those with the highest score (several where it is shared) and what they reached on average.
+    values: statistic -> number.  left_out: why it does not count, or "".  missing: those whose performance is known
+    and the score is not.  infinite: those of both numbers whose score is infinite.
     """
 
     dataset: str
@@ -34,6 +35,8 @@ class OnDataset:
     chosen_reached: float = float("nan")
     values: Mapping[str, float] | None = None
     left_out: str = ""
+    missing: tuple[str, ...] = ()
+    infinite: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,11 @@ def rank(
 ) -> Ranking:
     """How well each score ranks the models: `statistics.CORRELATIONS`, regret@k and hit@k for each of `ks`.
 
-    A statistic is the mean over data sets of its value on the models that have both numbers; data sets with fewer than
-    3 such models, or where all of them perform the same, do not count. For intervals see `interval`. `progress` is told
-    of scores as they are done.
+    A correlation is the mean over data sets of its value on the models that have both numbers; data sets with fewer
+    than 3 such models, or where all of them perform the same, do not count. Regret and hit are against the best of all
+    models whose performance is known; those without a score cannot be chosen. An infinite score is a rank above or
+    below all others; Pearson's correlation is of the models whose score is finite. For intervals see `interval`.
+    `progress` is told of scores as they are done.
 
     Raises RankingError where the baseline is not among the scores, and where no data set counts for any of them.
     """
@@ -123,16 +128,19 @@ def _judge(joined: Joined, metric: str, baseline: str, ks: tuple[int, ...], draw
     misses = {k: np.full(D, np.nan) for k in ks}
     on = []
     for d, dataset in enumerate(joined.datasets):
-        usable = np.isfinite(scores[:, d]) & np.isfinite(actual[:, d])
-        on.append(_on_dataset(joined, dataset, usable, scores[:, d], actual[:, d]))
+        known = np.isfinite(actual[:, d])
+        usable = known & ~np.isnan(scores[:, d])
+        on.append(_on_dataset(joined, dataset, known, usable, scores[:, d], actual[:, d]))
         if on[-1].left_out:
             continue
         s, a, counts = scores[usable, d], actual[usable, d], _counts(draw, usable)
         found = statistics.correlations(s, a, counts)
         for k in ks:
-            found[f"regret@{k}"], found[f"hit@{k}"] = statistics.choices(s, a, counts, k)
-            misses[k][d] = _lost_by_a_miss(a, k)
-        both = usable & np.isfinite(joined.scores[baseline][:, d])
+            found[f"regret@{k}"], found[f"hit@{k}"] = statistics.choices(
+                scores[known, d], actual[known, d], _counts(draw, known), k
+            )
+            misses[k][d] = _lost_by_a_miss(scores[known, d], actual[known, d], k)
+        both = usable & ~np.isnan(joined.scores[baseline][:, d])
         if both.sum() >= FEWEST:
             taus = (
                 statistics.tau(values_[both, d], actual[both, d], _counts(draw, both))
@@ -143,9 +151,11 @@ def _judge(joined: Joined, metric: str, baseline: str, ks: tuple[int, ...], draw
             values[name][d], drawn[name][:, d] = column[0], column[1:]
         on[-1] = replace(on[-1], values={name: float(found[name][0]) for name in names})
     estimates = {}
-    models = float(np.mean([d.models for d in on if not d.left_out] or [0]))
     for name in statistics.CORRELATIONS:
-        estimates[name] = draw.correlation(name, values[name], drawn[name], models)
+        counted = [
+            d.models - len(d.infinite) * (name == "pearson") for d in on if d.values and np.isfinite(d.values[name])
+        ]
+        estimates[name] = draw.correlation(name, values[name], drawn[name], float(np.mean(counted or [0])))
     for k in ks:
         hit = draw.hit(values[f"hit@{k}"], drawn[f"hit@{k}"])
         miss = float(np.nanmean(misses[k])) if np.isfinite(misses[k]).any() else 0.0
@@ -155,16 +165,28 @@ def _judge(joined: Joined, metric: str, baseline: str, ks: tuple[int, ...], draw
     return Judged(metric, metric == baseline, {name: estimates[name] for name in names}, difference, tuple(on))
 
 
-def _on_dataset(joined: Joined, dataset: str, usable: np.ndarray, scores: np.ndarray, actual: np.ndarray) -> OnDataset:
-    count = int(usable.sum())
+def _on_dataset(
+    joined: Joined, dataset: str, known: np.ndarray, usable: np.ndarray, scores: np.ndarray, actual: np.ndarray
+) -> OnDataset:
+    names = np.array(joined.models, object)
+    s, a, count = scores[usable], actual[usable], int(usable.sum())
+    found = OnDataset(
+        dataset,
+        count,
+        missing=tuple(names[known & ~usable].tolist()),
+        infinite=tuple(names[usable & np.isinf(scores)].tolist()),
+    )
     if count < FEWEST:
-        return OnDataset(dataset, count, left_out=f"{count} models have both numbers, at least {FEWEST} are needed")
-    s, a, models = scores[usable], actual[usable], np.array(joined.models, object)[usable]
+        return replace(found, left_out=f"{count} models have both numbers, at least {FEWEST} are needed")
     if a.min() == a.max():
-        return OnDataset(dataset, count, left_out="all models perform the same")
-    top = s == s.max()
-    return OnDataset(
-        dataset, count, str(models[a.argmax()]), float(a.max()), tuple(models[top].tolist()), float(a[top].mean())
+        return replace(found, left_out="all models perform the same")
+    best, top = np.where(known, actual, -np.inf).argmax(), s == s.max()
+    return replace(
+        found,
+        best=str(names[best]),
+        best_reached=float(actual[best]),
+        chosen=tuple(names[usable][top].tolist()),
+        chosen_reached=float(a[top].mean()),
     )
 
 
@@ -173,7 +195,8 @@ def _counts(draw: Draws, usable: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones((1, int(usable.sum())), np.int64), draw.models[:, usable]])
 
 
-def _lost_by_a_miss(actual: np.ndarray, k: int) -> float:
-    """Expected regret of k models chosen at random, given that the best is not among them; 0 where that cannot be."""
-    regret, hit = statistics.choices(np.zeros(len(actual)), actual, np.ones((1, len(actual)), np.int64), k)
+def _lost_by_a_miss(scores: np.ndarray, actual: np.ndarray, k: int) -> float:
+    """Expected regret of k of the models with a score, at random, given that the best is not among them; else 0."""
+    alike = np.where(np.isnan(scores), np.nan, 0.0)
+    regret, hit = statistics.choices(alike, actual, np.ones((1, len(actual)), np.int64), k)
     return float(regret[0] / (1 - hit[0])) if hit[0] < 1 else 0.0

@@ -38,7 +38,7 @@ class Scores:
     """Measurements, a line each; the lines of one model, data set, split and number of samples differ by their seed.
 
     models, datasets, splits: (n,) text, "" for a split that nothing says.  n_samples: (n,) int64, 0 for all there are,
-    -1 where nothing says.  values: name -> (n,) float64, NaN where one is missing; infinities count as missing too.
+    -1 where nothing says.  values: name -> (n,) float64, NaN where one is missing; an infinity is a value.
     benefits: those names whose role is `benefit`.  incomplete: rows of a store that are not complete and so not here.
     """
 
@@ -87,7 +87,10 @@ class Scores:
         )
 
     def mean(self) -> Grid:
-        """Means over the seeds; RankingError where lines of several splits or numbers of samples would be mixed."""
+        """Means over the seeds; RankingError where lines of several splits or numbers of samples would be mixed.
+
+        Where a seed gave an infinity, so is the mean; NaN where one gave inf and another -inf.
+        """
         for column, option in (("splits", "--split"), ("n_samples", "--n_samples")):
             levels = np.unique(getattr(self, column)).tolist()
             if len(levels) > 1:
@@ -98,7 +101,7 @@ class Scores:
         cells = rows * len(datasets) + columns
         shape, means, spreads, seeds = (len(models), len(datasets)), {}, {}, {}
         for name, values in self.values.items():
-            there = np.isfinite(values)
+            there = ~np.isnan(values)
             count = np.bincount(cells[there], minlength=shape[0] * shape[1])
             total = np.bincount(cells[there], values[there], minlength=len(count))
             mean = np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
@@ -107,7 +110,8 @@ class Scores:
             first[cells[there][::-1]] = values[there][::-1]
             same = np.bincount(cells[there], values[there] != first[cells[there]], minlength=len(count)) == 0
             mean = np.where(same, first, mean)
-            off = np.bincount(cells[there], (values[there] - mean[cells[there]]) ** 2, minlength=len(count))
+            with np.errstate(invalid="ignore"):  # an infinite mean has no spread: NaN
+                off = np.bincount(cells[there], (values[there] - mean[cells[there]]) ** 2, minlength=len(count))
             spread = np.sqrt(np.divide(off, count - 1, out=np.full(len(count), np.nan), where=count > 1))
             means[name], spreads[name], seeds[name] = mean.reshape(shape), spread.reshape(shape), count.reshape(shape)
         return Grid(self.where, models, datasets, means, spreads, seeds)
@@ -118,7 +122,7 @@ class Grid:
     """Measurements of M models on D data sets, averaged over seeds.
 
     values, spreads, seeds: name -> (M, D): the mean, NaN where it is missing; the standard deviation over seeds, NaN
-    for fewer than two; how many seeds there were.
+    for fewer than two and for infinities; how many seeds there were.
     """
 
     where: str

@@ -10,7 +10,7 @@ import numpy as np
 
 from datamodels.evaluation.ranking.interval import Estimate
 from datamodels.evaluation.ranking.rank import Judged, Ranking
-from datamodels.evaluation.ranking.scores import in_words, short_names
+from datamodels.evaluation.ranking.scores import in_words, short_names, some
 
 MARK = "*"
 _TITLES = {"tau": "Kendall's tau", "weighted_tau": "weighted tau", "spearman": "Spearman", "pearson": "Pearson"}
@@ -32,7 +32,7 @@ def lines(ranking: Ranking) -> list[str]:
         "",
         *_wrapped(
             f"What it costs to fine-tune {how_many} models with the highest scores. regret@k: share of the best "
-            f"{joined.actual_name} that is lost; hit@k: how often the best model is among them."
+            f"{joined.actual_name} of all models that is lost; hit@k: how often the best model is among them."
         ),
         "",
         *_table(ranking, _losses(ranking)),
@@ -65,10 +65,20 @@ def notes(ranking: Ranking) -> list[str]:
     few = f" With fewer than {_FEW} models expect little of them." if models < _FEW else ""
     found = [f"[low, high]: {ranking.level:.0%} bootstrap intervals over {over}.{few}"]
     found += [f"note: {note}" for note in joined.notes]
+    short = short_names(joined.models)
+    for d, dataset in enumerate(joined.datasets):
+        if unknown := [short[m] for m, a in zip(joined.models, joined.actual[:, d], strict=True) if not np.isfinite(a)]:
+            found.append(f"note: {joined.actual_name} is not known of {some(unknown)} on {dataset}: left out there")
     for row in ranking.rows:
-        if short := [d for d in row.used if d.models < models]:
-            which = ", ".join(f"{d.models} of {models} on {d.dataset}" for d in short)
-            found.append(f"note: {row.metric}: some models have no value: {which}")
+        if lacking := [d for d in row.used if d.missing]:
+            which = "; ".join(f"{some(short[m] for m in d.missing)} on {d.dataset}" for d in lacking)
+            found.append(
+                f"note: {row.metric} lacks {which}: its correlations are of the other models; it cannot choose these, "
+                f"which count where they are the best"
+            )
+        if beyond := [d for d in row.used if d.infinite]:
+            which = "; ".join(f"{some(short[m] for m in d.infinite)} on {d.dataset}" for d in beyond)
+            found.append(f"note: {row.metric} is infinite for {which}: ranks, which Pearson's correlation leaves out")
         found += [f"note: {row.metric}: {d.dataset} does not count: {d.left_out}" for d in row.datasets if d.left_out]
     return [line for note in found for line in _wrapped(note)]
 
@@ -104,9 +114,18 @@ def _best(ranking: Ranking) -> list[str]:
         clear = first.difference.low > 0
         text += f"; more than {baseline.metric}, " + ("beyond chance" if clear else "which may be chance")
     name = f"regret@{ranking.ks[0]}"
-    regrets = {row.metric: row.estimates[name].value for row in judged if np.isfinite(row.estimates[name].value)}
-    least = [metric for metric, value in regrets.items() if value == min(regrets.values())]
-    return _wrapped(f"{text}. Lowest {name}: {_or(least)}." if least else f"{text}.")
+    regrets = {row.metric: _by_dataset(row, name) for row in judged if _by_dataset(row, name)}
+    alike = set.intersection(*map(set, regrets.values())) if regrets else set()
+    means = {metric: float(np.mean([found[d] for d in sorted(alike)])) for metric, found in regrets.items() if alike}
+    least = [metric for metric, value in means.items() if value == min(means.values())]
+    every = set().union(*regrets.values())
+    over = "" if alike == every else f" on {some(sorted(alike))}, which all scores have"
+    return _wrapped(f"{text}. Lowest {name}{over}: {_or(least)}." if least else f"{text}.")
+
+
+def _by_dataset(row: Judged, name: str) -> dict[str, float]:
+    """A statistic by data set, of those where it is a number."""
+    return {d.dataset: d.values[name] for d in row.used if d.values and np.isfinite(d.values[name])}
 
 
 def as_json(ranking: Ranking) -> dict[str, Any]:
@@ -138,6 +157,8 @@ def _row(row: Judged) -> dict[str, Any]:
                 "dataset": d.dataset,
                 "models": d.models,
                 "left_out": d.left_out or None,
+                "missing": list(d.missing),
+                "infinite": list(d.infinite),
                 "best": d.best or None,
                 "best_reached": _or_null(d.best_reached),
                 "chosen": list(d.chosen),

@@ -3,6 +3,9 @@
 Every statistic takes the scores and the actual performances of M models, and how often each model counts in each of B
 draws, (B, M); it returns B values. Higher scores predict higher performance. As in `datamodels.evaluation.score`, a
 statistic is NaN where all models that count perform the same, and a score that is the same for all predicts nothing.
+
+Scores may be infinite: they rank above, or below, all that are finite, and beside each other. Pearson's correlation,
+which needs numbers, is of the models whose score is finite, and NaN for fewer than three.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ CORRELATIONS = ("tau", "weighted_tau", "spearman", "pearson")
 def correlations(scores: np.ndarray, actual: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
     """The four of CORRELATIONS, each (B,)."""
     concordant, untied_scores, untied_actual = _pairs(scores, actual)
-    drawn = counts.astype(np.float64)
+    drawn, finite = counts.astype(np.float64), np.isfinite(scores)
     by_score, by_actual = (
         _top_weights(first, second, counts) for first, second in ((scores, actual), (actual, scores))
     )
@@ -30,7 +33,7 @@ def correlations(scores: np.ndarray, actual: np.ndarray, counts: np.ndarray) -> 
         "tau": tau(scores, actual, counts),
         "weighted_tau": (weighted[0] + weighted[1]) / 2,
         "spearman": rank_correlations(scores[:, None], actual[:, None], counts.T.astype(np.float32))[0],
-        "pearson": _pearson(scores, actual, drawn),
+        "pearson": _pearson(scores[finite], actual[finite], drawn[:, finite]),
     }
 
 
@@ -45,7 +48,10 @@ def tau(scores: np.ndarray, actual: np.ndarray, counts: np.ndarray) -> np.ndarra
 
 def _pairs(scores: np.ndarray, actual: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per pair of models, (M, M): 1 concordant, -1 discordant, 0 tied; 1 untied in the scores; 1 untied in fact."""
-    a, b = (np.sign(values[:, None] - values[None, :]) for values in (scores, actual))
+    a, b = (
+        (values[:, None] > values[None, :]).astype(np.float64) - (values[:, None] < values[None, :])
+        for values in (scores, actual)
+    )
     return a * b, np.abs(a), np.abs(b)
 
 
@@ -70,10 +76,13 @@ def _top_weights(first: np.ndarray, second: np.ndarray, counts: np.ndarray) -> n
 
 
 def _pearson(scores: np.ndarray, actual: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    if len(scores) < 3:
+        return np.full(len(drawn), np.nan)
+
     def centred(values: np.ndarray) -> np.ndarray:
         # What is equal must be zero, and not what rounding leaves of it: the spread of a draw may be one value.
         shifted = (values - values.mean()) / (np.abs(values - values.mean()).max() or 1.0)
-        off = shifted - (drawn @ shifted / drawn.sum(axis=1))[:, None]
+        off = shifted - (drawn @ shifted / np.maximum(drawn.sum(axis=1), 1))[:, None]
         low, high = (fold(np.where(drawn > 0, shifted, empty), axis=1) for fold, empty in
                      ((np.min, np.inf), (np.max, -np.inf)))  # fmt: skip
         return off * (low < high)[:, None]
@@ -90,9 +99,18 @@ def choices(scores: np.ndarray, actual: np.ndarray, counts: np.ndarray, k: int) 
     models (Renggli et al. 2022) relative to the best, which is 1 - Rel@k of Li et al. (Ranking Neural Checkpoints,
     2021); NaN where the best is not positive. Hit: whether the best model is among the k.
 
+    A model whose score is NaN cannot be chosen; it counts as what could have been had, so that scores which lack
+    different models are held against the same best. Where no model of a draw can be chosen, both are NaN.
+
     Of a draw only the models in it matter, not how often they are. Where equal scores compete for the last places, the
     values are expectations over which of them are taken.
     """
+    best = np.where(counts > 0, actual, -np.inf).max(axis=1, initial=-np.inf)[:, None]
+    scored = ~np.isnan(scores)
+    scores, actual, counts = scores[scored], actual[scored], counts[:, scored]
+    some = (counts > 0).any(axis=1)
+    if not some.any():
+        return np.full(len(counts), np.nan), np.full(len(counts), np.nan)
     order = np.lexsort((-actual, -scores))
     scores, actual, there = scores[order], actual[order], counts[:, order] > 0
     group = np.concatenate([[0], np.cumsum(scores[1:] != scores[:-1])])
@@ -107,14 +125,13 @@ def choices(scores: np.ndarray, actual: np.ndarray, counts: np.ndarray, k: int) 
     best_so_far = np.maximum.accumulate(np.where(there, actual, -np.inf), axis=1)
     above = np.concatenate([np.full((len(there), 1), -np.inf), best_so_far], axis=1)[:, start]
     reached = np.maximum(above, actual)
-    best = best_so_far[:, -1:]
     chance = np.where(last, _chance_of_best(members, places, better), 0.0)
     expected = np.where(chance > 0, chance * np.where(chance > 0, reached, 0.0), 0.0).sum(axis=1)
     hit = np.where(chance > 0, chance * (reached >= best), 0.0).sum(axis=1)
     best = best[:, 0]
-    usable = (best > 0) & np.isfinite(best)
+    usable = (best > 0) & some
     regret = np.divide(best - expected, best, out=np.full(len(best), np.nan), where=usable)
-    return np.maximum(regret, 0.0), np.where(np.isfinite(best), hit, np.nan)
+    return np.maximum(regret, 0.0), np.where(some, hit, np.nan)
 
 
 def _chance_of_best(members: np.ndarray, places: np.ndarray, better: np.ndarray) -> np.ndarray:
