@@ -22,8 +22,9 @@ from datamodels.executors.share import Judge, Share
 from datamodels.executors.watch import Watch, failures, lacking, undone
 from datamodels.row_filter import select
 from datamodels.running import snapshot
+from datamodels.store.claims import run_record
 from datamodels.store.keys import opened
-from datamodels.worker import GAVE_UP, POOL_VARIABLE
+from datamodels.worker import GAVE_UP, MISCONFIGURED, POOL_VARIABLE
 from datamodels.worker import SECTIONS as WORKER
 
 _ONE_ROW = ("index", "do_if_complete", "dry_run", "smoke")  # options of the worker that make no sense for many
@@ -74,8 +75,8 @@ def run_pool(
 ) -> int:
     """Start `workers` copies, restart those that die, until no row is left; the exit code.
 
-    0: every row is complete. 1: rows are left undone, `say` tells which. 2: the workers cannot be configured; a copy
-    that finds so after others have begun with rows, as when somebody edits the module, is left out.
+    0: every row is complete. 1: rows are left undone, `say` tells which. 2: the workers cannot be configured, or main
+    says that it is not; a copy that cannot begin after others have, as when somebody edits the module, is left out.
     """
 
     asked: list[int] = []
@@ -91,7 +92,7 @@ def run_pool(
     try:
         for stop in before:
             signal.signal(stop, interrupt)
-        barren, judge = 0, Judge(share)
+        barren, judge, earlier = 0, Judge(share), _runs(share)
         executor.start(range(workers))
         if hello := executor.hello():
             watch.write(hello)
@@ -111,17 +112,18 @@ def run_pool(
             for end in ended:
                 if end.wanted or done == share.count or (end.code in (0, GAVE_UP) and not share.free()):
                     continue
-                if end.code == 2 and judge.begun():
+                refused = end.code == MISCONFIGURED and _refused(share, earlier)
+                if end.code == MISCONFIGURED and judge.begun() and not refused:
                     watch.write(
                         f"worker {end.number} cannot start any more, was a file changed? It is left out; start the "
                         f"pool again to have it back:\n{end.last_words()}"
                     )
                     continue
-                if end.code == 2:
+                if end.code == MISCONFIGURED:
                     _stop(executor, share)
                     watch.close()
-                    say(end.words)
-                    return 2
+                    say(end.last_words() if refused else end.words)
+                    return MISCONFIGURED
                 barren = 0 if judge.moved() else barren + 1
                 if barren >= _BARREN_LIMIT:
                     _stop(executor, share)
@@ -147,6 +149,16 @@ def run_pool(
         executor.close()
         for stop, handler in before.items():
             signal.signal(stop, handler)
+
+
+def _runs(share: Share) -> set[str]:
+    return {name.removesuffix(".json") for name in share.store.disk.list("runs") if name.endswith(".json")}
+
+
+def _refused(share: Share, earlier: set[str]) -> bool:
+    """Whether main itself has raised ConfigError: a worker enters the store's runs only once it begins with rows."""
+    records = [run_record(share.store.path, run) for run in _runs(share) - earlier]
+    return any(record is not None and record.get("exit") == MISCONFIGURED for record in records)
 
 
 def _stop(executor: Executor, share: Share) -> None:

@@ -71,7 +71,7 @@ class Ranks:
             if problem := self._problem(number):
                 raise RowError(problem)
         except (Exception, Stopped) as error:
-            cause = error if isinstance(error, RowError) else self._cause(number, error)
+            cause = error if isinstance(error, (ConfigError, RowError)) else self._cause(number, error)
             if cause is error:
                 raise
             raise cause from error

@@ -1,10 +1,10 @@
 """`python -m datamodels.worker`: claim a row, call the user's main, check what came back, commit it.
 
 Exit codes: 0 when every row that it could claim is done; 1 when the row of --worker.index failed, or the store did; 2
-for a mistake in the configuration or an import that fails; 3 when rows are left that failed too often, or, with
---worker.keys, that are held by who fills in other keys; 130 and 143 when it was stopped. SIGUSR1, which SLURM sends
-before a time limit, ends it with 0 after the row in hand; under SLURM SIGTERM does so at once, and the row is given
-back.
+for a mistake in the configuration, which main too may find (where it raises ConfigError the row is given back), or an
+import that fails; 3 when rows are left that failed too often, or, with --worker.keys, that are held by who fills in
+other keys; 130 and 143 when it was stopped. SIGUSR1, which SLURM sends before a time limit, ends it with 0 after the
+row in hand; under SLURM SIGTERM does so at once, and the row is given back.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from datamodels.running.tracking import Tracker
 from datamodels.running.worker import Worker
 from datamodels.store import Store
 from datamodels.store.keys import opened
+from datamodels.store.reset import clearing
 
 POOL_VARIABLE = "DATAMODELS_POOL_PID"
-GAVE_UP = 3
+MISCONFIGURED, GAVE_UP = 2, 3
 _STOPS, _LAST_ROW = (signal.SIGTERM, signal.SIGINT), signal.SIGUSR1
 
 SECTIONS = {
@@ -181,6 +182,9 @@ def _main(argv: Sequence[str], ranks: Ranks | None) -> int:
         with contextlib.suppress(OSError), open(store.path / "cmds.txt", "a", encoding="utf-8") as commands:
             commands.write(shlex.join([program, *argv]) + "\n")
         exit_status = _work(store, single, many, args, one, index, rows, ranks, tracker)
+    except ConfigError:
+        exit_status = MISCONFIGURED
+        raise
     finally:
         for number in before:  # it is ending already
             signal.signal(number, signal.SIG_IGN)
@@ -265,7 +269,12 @@ def _work(
     print(
         f"{tally.committed} rows committed, {tally.failed} attempts failed"
         + (f"; {tally.keys_failed} keys failed in {tally.rows_without} of these rows" if tally.keys_failed else "")
-        + (f"; {given_up} rows of the store failed too often to be tried again" if given_up else "")
+        + (
+            f"; {given_up} rows of the store failed too often to be tried again; when the cause is gone, "
+            f"{clearing(store)} has them run again"
+            if given_up
+            else ""
+        )
     )
     return 1 if worker.broken else GAVE_UP if given_up or left else 0
 

@@ -257,6 +257,29 @@ def test_a_module_that_is_broken_when_no_worker_is_left(tmp_path):
     assert err.count("cannot start any more") == 1 and "of 40 rows are complete" in err
 
 
+MISTAKEN = (
+    CALLED
+    + """
+import time
+from datamodels.errors import ConfigError
+def main(index):
+    called(index)
+    if index %s: raise ConfigError("--trainer.width: say which")
+    time.sleep(%s)
+    return {'x': index}
+"""
+)
+
+
+@pytest.mark.parametrize(("which", "seconds"), [(">= 0", 0), ("== 20", 0.05)])
+def test_a_mistake_that_main_finds_ends_the_pool(tmp_path, which, seconds):
+    job = Pool(tmp_path, plain(40), MISTAKEN % (which, seconds))
+    code, out, err = job.run()
+    assert (code, out) == (2, "") and err.count("error: --trainer.width: say which") == 1
+    assert "starting it again" not in err and "left out" not in err
+    assert job.attempts == [int(done) for done in job.completed] and not job.completed[20]
+
+
 # ------------------------------------------------------------------ Ctrl-C
 
 

@@ -148,6 +148,20 @@ def test_a_row_that_fails_on_the_first_rank_ends_all(tmp_path):
     assert len(job.notes()) == 2 and job.attempts == [0, 0, 1, 0]
 
 
+MISTAKEN = """
+from datamodels.errors import ConfigError
+def main(index):
+    raise ConfigError('--trainer.width: say which')
+"""
+
+
+def test_a_mistake_that_every_rank_finds_says_nothing_against_a_row(tmp_path):
+    job = Ranks(tmp_path, plain(4), HEAD + MISTAKEN)
+    _, _, err = finish(job.torchrun())
+    assert "error: --trainer.width: say which\n" in err and "attempt" not in err
+    assert job.attempts == [0] * 4 and not job.claims()
+
+
 RETURNS = (
     HEAD
     + """

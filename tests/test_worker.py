@@ -1,6 +1,7 @@
 """The worker: how main is called, what is accepted of what it returns, and what happens when it goes wrong."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -416,6 +417,58 @@ def test_a_main_that_raises(tmp_path, monkeypatch, capsys, line, message):
     )
     assert "2 of 3 rows complete" in status.stdout and "1 failed" in status.stdout
     assert "row 1: 2 attempts" in status.stdout and message in status.stdout
+
+
+MISTAKEN = """
+from datamodels.errors import ConfigError
+ready = False
+def main(index):
+    called(index)
+    if not ready: raise ConfigError("--trainer.width: say which")
+    return {'x': index, 'note': 'n'}
+def main_many(indices):
+    return {key: [main(i)[key] for i in indices] for key in ('x', 'note')}
+"""
+NOTED = {"num_models": 4, "schema": {**plain(4)["schema"], "note": {"shape": [], "dtype": "U8", "required": False}}}
+
+
+@pytest.mark.parametrize("argv", [(), ("--worker.batch=3",), ("--worker.index=1",), ("--worker.keys=note",)])
+def test_a_main_that_finds_a_mistake_in_its_configuration_ends_the_worker(tmp_path, monkeypatch, capsys, argv):
+    name = f"job_mistaken_{abs(hash(argv))}"
+    job = Job(tmp_path, NOTED, CALLED + MISTAKEN, name)
+    if "keys" in str(argv):
+        with Store.open(job.path, sync=False) as store:
+            store.commit_many(range(4), {"x": np.zeros(4)})
+    before = [job.array(file).tobytes() for file in ("_rows", "_keys/note")]
+    assert job.here(*argv, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err == "error: --trainer.width: say which\n"
+    assert len(job.calls()) == 1 and not list((job.path / "claims").iterdir())
+    with Store.open(job.path) as store:
+        assert store.status().failed == 0
+    if "keys" in str(argv):
+        assert [job.array(file).tobytes() for file in ("_rows", "_keys/note")] == before
+    else:
+        assert job.attempts == [0] * 4 and not any(job.completed)
+    sys.modules[name].ready = True
+    assert job.here(*argv, monkeypatch=monkeypatch) == 0
+    assert job.array("note").tolist().count("n") == (1 if "index" in str(argv) else 4)
+
+
+@pytest.mark.parametrize("keys", [(), ("--worker.keys=note",)])
+def test_rows_that_were_given_up_are_run_again_by_the_command_that_is_named(tmp_path, keys):
+    failing = "import os\ndef main(index):\n    if not os.path.exists('go'): 1 / 0\n    return {'x': 1, 'note': 'n'}"
+    job = Job(tmp_path, NOTED, failing)
+    if keys:
+        with Store.open(job.path, sync=False) as store:
+            store.commit_many(range(4), {"x": np.zeros(4)})
+    code, out, _ = job.run(*keys)
+    assert code == 3 and out.startswith("0 rows committed, 12 attempts failed; 4 rows of the store failed too often")
+    command = re.search(r"when the cause is gone, python (-m datamodels.store reset .*) has them run again$", out)[1]
+    (tmp_path / "go").touch()
+    assert job.run(*keys)[0] == 3
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert job.run(*keys)[:2] == (0, "4 rows committed, 0 attempts failed\n")
 
 
 DIES = """

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from datamodels.executors.share import Share
 from datamodels.store import Status
+from datamodels.store.reset import clearing
 
 _NAMED = 5
 
@@ -34,7 +35,8 @@ def undone(share: Share, status: Status) -> str:
         keys = f" --worker.keys={','.join(share.store.keys)}" if share.store.keys else ""
         lines.append(
             f"tracebacks: {share.store.path}/workers/<row>/attempt-*.json; when the cause is gone, "
-            f"--worker.index=<row>{keys} runs a row again, or a larger --worker.retries all of them"
+            f"--worker.index=<row>{keys} runs a row again, and {clearing(share.store)} has the next worker try all of "
+            f"them"
         )
     lines += [lacking(share, failed)] if (failed := share.failed_keys()) else []
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from datamodels.design import Assignment, check_index
-from datamodels.errors import ClaimLost, RowError, StoreError
+from datamodels.errors import ClaimLost, ConfigError, RowError, StoreError
 from datamodels.ranks import Ranks
 from datamodels.running.ends import Deadline, JobTimeout, Stopped, last_line
 from datamodels.running.output import Output, printed
@@ -213,12 +213,18 @@ class Worker:
     # ---------------------------------------------------------------- run them
 
     def _run_claimed(self, rows: list[int], *, replace: bool = False) -> None:
-        """Run rows that are claimed, commit what is right, record what is not, and give all of them back."""
+        """Run rows that are claimed, commit what is right, record what is not, and give all of them back.
+
+        A ConfigError of the user's functions ends the worker: it would be that of every row, and says nothing against
+        this one, which `close` gives back.
+        """
         if self.routine_for(len(rows)) is self.main:
             for row in rows:
                 try:
                     with self._watched([row]):
                         result = self.call(row)
+                except ConfigError:
+                    raise
                 except (Exception, JobTimeout) as error:
                     self._failed(row, error)
                 else:
@@ -227,6 +233,8 @@ class Worker:
         try:
             with self._watched(rows):
                 results = self.call_many(rows)
+        except ConfigError:
+            raise
         except (Exception, JobTimeout) as error:
             if len(rows) == 1 or self._ranks is not None:
                 for row in rows:

@@ -52,6 +52,12 @@ def failed_rows(store: Store, keys: Sequence[str] = ()) -> list[int]:
     return np.flatnonzero(failed).tolist()
 
 
+def clearing(store: Store) -> str:
+    """The command that clears the rows that failed, or, where the store is open for some keys, these keys in them."""
+    keys = f" --keys={','.join(store.keys)}" if store.keys else ""
+    return f"python -m datamodels.store reset {store.path} --rows={FAILED}{keys}"
+
+
 def reset(
     store: Store,
     rows: Sequence[int],

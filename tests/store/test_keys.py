@@ -216,9 +216,10 @@ def main(index):
 """
     )
     code, out, err = job.run("--worker.keys=note", "--worker.retries=1")
-    assert (
-        code == 3
-        and out == "2 rows committed, 4 attempts failed; 2 rows of the store failed too often to be tried again\n"
+    reset = f"python -m datamodels.store reset {job.path} --rows=failed --keys=note"
+    assert code == 3 and out == (
+        "2 rows committed, 4 attempts failed; 2 rows of the store failed too often to be tried again; when the cause "
+        f"is gone, {reset} has them run again\n"
     )
     assert "row 2: attempt 2 failed: ValueError: not this one; traceback in" in err
     assert "row 3: 'note' missing; got 'width', 'masks', 'x'; return what --worker.keys names" in err
