@@ -288,7 +288,8 @@ def linear_probe(features: Any, labels: Any, *, seed: int = 0, test: float = 0.2
     """Accuracy on held-out examples of a logistic regression on standardised features, in [0, 1].
 
     Renggli et al. 2022, "Which Model to Transfer? Finding the Needle in the Growing Haystack", CVPR. Means and
-    deviations are of the training part; the loss is Σ cross-entropy + l2/2 · ‖W‖²: l2=1 is scikit-learn's C=1.
+    deviations are of the training part; the loss is Σ cross-entropy + l2/2 · ‖W‖², of two classes l2/2 · ‖w‖² with one
+    column w: l2=1 is scikit-learn's C=1.
 
     features: (n, d). labels: (n,). Of a class of m examples round(m · test) are held out, never all of them: a class
     with one example is trained on and not tested. Which ones follows from `seed` and the order of the examples.

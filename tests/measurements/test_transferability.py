@@ -324,13 +324,14 @@ def documented_split(labels, share, seed):
     return held
 
 
+@pytest.mark.parametrize("c", [2, 5])
 @pytest.mark.parametrize(("n", "d", "spread"), [(900, 20, 3.0), (120, 200, 6.0)], ids=["tall", "wide"])
-def test_linear_probe_is_scikit_learns(n, d, spread):
+def test_linear_probe_is_scikit_learns(n, d, spread, c):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    features, labels = clusters(n, d, 5, spread=spread)
+    features, labels = clusters(n, d, c, spread=spread)
     held = documented_split(labels, 0.3, 7)
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000, tol=1e-6))
     expected = fitted.fit(features[~held], labels[~held]).score(features[held], labels[held])
@@ -339,15 +340,21 @@ def test_linear_probe_is_scikit_learns(n, d, spread):
 
 
 @pytest.mark.parametrize("l2", [0.1, 1.0, 30.0])
-def test_logistic_regression_is_scikit_learns(l2):
+@pytest.mark.parametrize(
+    ("n", "d", "c"), [(400, 15, 4), (400, 15, 2), (150, 400, 4), (150, 400, 3), (60, 200, 2)], ids=str
+)
+def test_logistic_regression_is_scikit_learns(n, d, c, l2):
     from sklearn.linear_model import LogisticRegression
 
-    features, labels = clusters(400, 15, 4, spread=3)
+    features, labels = clusters(n, d, c, spread=3)
     x = ((features - features.mean(axis=0)) / features.std(axis=0)).astype(np.float32)
-    weight, bias = probe.logistic(x, labels, 4, l2)
-    fitted = LogisticRegression(C=1 / l2, max_iter=5000, tol=1e-8).fit(x.astype(float), labels)
-    assert np.abs(weight.T - fitted.coef_).max() < 5e-3 * np.abs(fitted.coef_).max()
-    assert np.abs((bias - bias.mean()) - (fitted.intercept_ - fitted.intercept_.mean())).max() < 5e-3
+    weight, bias = probe.logistic(x, labels, c, l2)
+    fitted = LogisticRegression(C=1 / l2, max_iter=20_000, tol=1e-8).fit(x.astype(float), labels)
+    expected, offset = fitted.coef_.T, fitted.intercept_
+    if c == 2:  # there one column: of the second class against the first
+        expected, offset = expected * [-0.5, 0.5], offset * [-0.5, 0.5]
+    assert np.linalg.norm(weight - expected) < 3e-3 * np.linalg.norm(expected)
+    assert np.abs((bias - bias.mean()) - (offset - offset.mean())).max() < 5e-3
 
 
 def test_linear_probe_holds_out_a_share_of_every_class():
