@@ -29,7 +29,7 @@ from datamodels.ranks import Ranks, joined
 from datamodels.row_filter import select
 from datamodels.running import snapshot
 from datamodels.running.ends import Stopped
-from datamodels.running.routine import Routine, available, import_main
+from datamodels.running.routine import Routine, available, check_factors, import_main
 from datamodels.running.show import dry_run, smoke
 from datamodels.running.tracking import Tracker
 from datamodels.running.worker import Worker
@@ -158,8 +158,11 @@ def _main(argv: Sequence[str], ranks: Ranks | None) -> int:
     if follows:
         assert ranks is not None
         return _follow(store, single, many, ranks)
-    for routine in (single, many):
-        if routine is not None and keys is None and _blind(routine, store):
+    routines = [routine for routine in (single, many) if routine is not None]
+    for sentence in check_factors(module, routines, store):
+        print(f"note: {sentence}", file=sys.stderr)
+    for routine in routines:
+        if keys is None and _blind(routine, store):
             print(
                 f"note: the design gives rows masks, and {routine.name} does not ask for `mask`: unless it returns the "
                 f"mask itself, rows are recorded with masks that it may not have trained on",

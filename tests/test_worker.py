@@ -829,6 +829,28 @@ def test_a_block_without_a_factor_that_main_needs_is_refused_before_any_row(tmp_
     assert sum(job.attempts) == 0
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_factor_that_reaches_nobody(tmp_path, monkeypatch, capsys, exact):
+    """`width` is a key of the schema; main takes neither it nor `optimiser`, but something nearly of that name."""
+    source = "def main(index, optimizer='adam'):\n    return {'x': [1, 2, 3]}"
+    job = Job(tmp_path, DESIGN, ("ALL_FACTORS_ARE_TAKEN = True\n" if exact else "") + source, f"job_reaches_{exact}")
+    line = f"the factor 'optimiser' reaches nobody: {job.name}.main does not take it and no key of the schema holds it"
+    for argv in (["--worker.dry_run"], ["--worker.index=0"]):
+        assert job.here(*argv, monkeypatch=monkeypatch) == (2 if exact else 0)
+        err = capsys.readouterr().err.splitlines()
+        said = [each for each in err if "factor" in each]
+        assert said[0].startswith(f"{'error' if exact else 'note'}: {line}; did you mean 'optimizer'?")
+        assert len(said) == 1 and "width" not in said[0]
+    assert job.completed[0] is not exact
+
+
+@pytest.mark.parametrize("source", ["def main(**all)", "def main(optimiser='sgd')"])
+def test_factors_that_are_taken_are_not_spoken_of(tmp_path, monkeypatch, capsys, source):
+    job = Job(tmp_path, DESIGN, f"{source}: return {{'x': [1, 2, 3]}}", f"job_taken_{abs(hash(source))}")
+    assert job.here(monkeypatch=monkeypatch) == 0
+    assert "factor" not in capsys.readouterr().err
+
+
 def test_dry_run_names_only_what_a_row_is_given(tmp_path):
     job = Job(tmp_path, DESIGN, f"def main(mask, width, optimiser='adam'): {RETURN}")
     train, evaluation = (job.run(f"--worker.index={row}", "--worker.dry_run")[1] for row in (0, 4))

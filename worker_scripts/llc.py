@@ -30,6 +30,7 @@ from datamodels.measurements import datasets, llc
 from datamodels.measurements.library import attribute, parse
 from datamodels.measurements.samplers import LOSSES, SAMPLERS, Diverged, Settings
 
+ALL_FACTORS_ARE_TAKEN = True  # by main: another one is a mistake, as the worker says
 POSITIVE, COUNT = And(float, InRange(min=0)), And(int, InRange(min=1))
 # Pixels in [0, 1], per channel: what the networks of these data are usually trained with.
 NORMALISE = {

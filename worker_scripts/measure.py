@@ -34,6 +34,7 @@ from datamodels.measurements.datasets import Examples
 from datamodels.measurements.view import View
 from datamodels.store import Store
 
+ALL_FACTORS_ARE_TAKEN = True  # by main: another one is a mistake, as the worker says
 SMOKE_BATCHES = 3
 SAMPLES = ("sample_ids", "sample_labels", "sample_predictions")
 _CHECKPOINTS = ("*.pt", "*.pth", "*.pth.tar")

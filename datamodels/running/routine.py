@@ -22,6 +22,7 @@ import numpy as np
 from datamodels.design import RESERVED
 from datamodels.errors import ConfigError
 from datamodels.running.ends import JobTimeout, Stopped, last_line
+from datamodels.spec import nearest
 from datamodels.store import Store
 
 
@@ -119,6 +120,28 @@ class Routine:
 
 def _hint(missing: Sequence[str], available: Sequence[str]) -> str:
     return " (the design of this store defines no masks)" if {"mask", "masks"} & set(missing) else ""
+
+
+def check_factors(module: ModuleType, routines: Sequence[Routine], store: Store) -> list[str]:
+    """A sentence for each factor of the design that reaches nobody: no function takes it, and no key holds it.
+
+    That may be meant, to tell repeats apart. `ConfigError` where the module says that its functions take all the
+    factors that mean anything to them, in a line `ALL_FACTORS_ARE_TAKEN = True`.
+    """
+    found = []
+    for factor in store.design.factors:
+        if factor in store.spec.schema or any(factor in routine.wanted for routine in routines):
+            continue
+        first = routines[0]
+        parameters = inspect.signature(unwrapped(first.function)[0]).parameters
+        known = nearest(factor, [name for name in parameters if name not in RESERVED])
+        found.append(
+            f"the factor {factor!r} reaches nobody: {first.name} does not take it and no key of the schema holds "
+            f"it{known}"
+        )
+    if found and getattr(module, "ALL_FACTORS_ARE_TAKEN", False):
+        raise ConfigError(f"{found[0]}; make a store with a design whose factors have these names")
+    return found
 
 
 def unwrapped(function: Callable[..., Any]) -> tuple[Callable[..., Any], set[str]]:

@@ -12,13 +12,14 @@ import torch
 from fastargs import get_current_config
 from torch import nn
 
+from datamodels import worker
 from datamodels.errors import ConfigError, DatamodelsError, MeasurementError
 from datamodels.initialize_logdir import initialize
 from datamodels.learning import checkpoints
 from datamodels.measurements import datasets, library
 from datamodels.measurements.backbones import Module
 from datamodels.store import Store
-from worker_scripts import digit_models, measure
+from worker_scripts import digit_models, llc, measure
 
 ROOT = Path(__file__).parents[2]
 NET = "torch:worker_scripts.digit_models.pretrained?width=8&epochs=3"
@@ -103,7 +104,7 @@ def test_properties_and_benefits_of_several_data_sets():
     keys = ["digits_train_effective_rank", "upright_test_accuracy", "digits_train_sample_ids"]
     with configured(samples=3):
         apart = run(["effective_rank@digits/train", f"accuracy@{UPRIGHT}/test"], keys=keys)
-    assert apart["upright_test_accuracy"] == plain["accuracy"] and list(apart) == sorted(keys, reverse=True)
+    assert apart["upright_test_accuracy"] == plain["accuracy"] and set(apart) == set(keys)
 
 
 def test_one_forward_pass_for_each_data_set(monkeypatch):
@@ -299,6 +300,16 @@ def command(argv):
 
 def work(*argv):
     return command(["datamodels.worker", "--worker.main_import=worker_scripts.measure", *argv])
+
+
+@pytest.mark.parametrize(("main", "given", "meant"), [(measure, "n_sample", "n_samples"), (llc, "epsilom", "epsilon")])
+def test_a_misspelt_factor_is_refused(tmp_path, monkeypatch, main, given, meant):
+    monkeypatch.setattr(sys, "argv", ["worker.py"])  # the worker gives it to main
+    spec = {"schema": {"nll": {"shape": [], "dtype": "float64"}}, "design": [{"seed": 0, "choices": {given: [1, 2]}}]}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    initialize(tmp_path / "store", tmp_path / "spec.json")
+    with pytest.raises(ConfigError, match=f"the factor '{given}' reaches nobody.*; did you mean '{meant}'"):
+        worker.main(["--worker.dry_run", f"--worker.logdir={tmp_path}/store", f"--worker.main_import={main.__name__}"])
 
 
 @pytest.mark.slow
