@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from datamodels.errors import MeasurementError
 from datamodels.measurements.benefits import image_array
 from datamodels.measurements.library import attribute, measurement
+from datamodels.measurements.transferability import SmallSampleWarning
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +27,7 @@ TRANSFORMATIONS: dict[str, Callable[[Pixels], Pixels]] = {
 }
 _GIVEN = ("flip", "shift", "rotation")
 MISSED = 0.05  # of the spectrum's width, that the largest eigenvalue may be higher than found, with probability 0.01
+CHANCE = 0.1  # of a factor's entropy, that chance may tell before a warning
 
 
 @measurement(columns={"l2": (), "rms": (), "spectral": ()})
@@ -246,19 +249,26 @@ def _largest_eigenvalue(
 
 @measurement()
 def disentanglement(features: np.ndarray, factors: np.ndarray, bins: int = 20) -> float:
-    """Mutual information gap, mean over factors: (I(z₁; v) − I(z₂; v)) / H(v), z₁ and z₂ the two most telling features.
+    """Mutual information gap, mean over factors: J(z₁; v) − J(z₂; v), z₁ and z₂ the two most telling features.
 
-    Chen et al. 2018, eq. 6; a feature is cut into `bins` equal parts of its range, as there. 1: each factor is told by
-    exactly one feature and wholly; rotated features tell each factor by several, and score less.
+    Chen et al. 2018, eq. 6, with J = (I − E) / (H(v) − E) in place of I / H(v): E is what I is on average when v is
+    shuffled (Vinh et al. 2010), some (levels − 1)² / 2n that I is too high by; less than E counts as 0. 1: each factor
+    is told by exactly one feature and wholly; rotated features tell each factor by several, and score less.
+
+    A feature of few values (up to `bins`, or to twice a factor's levels where ten examples share each) is taken as it
+    is, any other cut at quantiles into `bins` parts. SmallSampleWarning where E is above a tenth of H(v).
     """
     n, count = factors.shape
     if features.shape[1] < 2:
         raise MeasurementError("disentanglement: expected two features or more")
-    codes = []
-    for column in features.T:
-        low, high = column.min(), column.max()
-        codes.append(np.minimum(((column - low) / ((high - low) or 1.0) * bins).astype(int), bins - 1))
-    gaps = []
+    for name, values in (("features", features), ("factors", factors)):
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            raise MeasurementError(
+                f"disentanglement: expected finite {name}; got {values[row, column]} in column {column} of example "
+                f"{row}"
+            )
+    known = []
     for k in range(count):
         values, factor = np.unique(factors[:, k], return_inverse=True)
         if len(values) < 2:
@@ -267,19 +277,53 @@ def disentanglement(features: np.ndarray, factors: np.ndarray, bins: int = 20) -
             raise MeasurementError(
                 f"disentanglement: factor {k} has {len(values)} values in {n} examples; expected a few levels each"
             )
-        p = np.bincount(factor) / n
-        entropy = -(p * np.log(p)).sum()
-        informed = np.sort([_information(code, factor, bins, len(values)) for code in codes])
-        gaps.append((informed[-1] - informed[-2]) / entropy)
+        known.append(factor)
+    few = max(bins, min(2 * max(int(factor.max()) + 1 for factor in known), n // 10))
+    codes = [_levels(column, bins, few) for column in features.T]
+    gaps, chances = [], []
+    for factor in known:
+        expected: dict[bytes, float] = {}  # by a feature's counts, which those cut at quantiles have in common
+        told = [_told(code, factor, expected) for code in codes]
+        second, first = np.argsort([share for share, _ in told], kind="stable")[-2:]
+        gaps.append(told[first][0] - told[second][0])
+        chances.append(max(told[first][1], told[second][1]))
+    if max(chances) > CHANCE:
+        k = int(np.argmax(chances))
+        warnings.warn(
+            f"disentanglement: with {n} examples, chance alone tells {chances[k]:.0%} of factor {k}'s entropy; use "
+            f"some {math.ceil(n * chances[k] / CHANCE)} examples, or fewer ?bins=",
+            SmallSampleWarning,
+            stacklevel=3,
+        )
     return float(np.mean(gaps))
 
 
-def _information(a: np.ndarray, b: np.ndarray, levels_a: int, levels_b: int) -> float:
-    """Mutual information of two variables of so many levels in the sample, in nats."""
-    joint = np.bincount(a * levels_b + b, minlength=levels_a * levels_b).reshape(levels_a, levels_b) / len(a)
-    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+def _levels(column: np.ndarray, bins: int, few: int) -> np.ndarray:
+    """Each example's level: the feature's value where it has few of them, otherwise its part between quantiles."""
+    values, codes = np.unique(column, return_inverse=True)
+    if len(values) > few:
+        edges = np.quantile(column, np.arange(1, bins) / bins, method="inverted_cdf")
+        codes = np.unique(np.searchsorted(np.unique(edges), column), return_inverse=True)[1]
+    return codes
+
+
+def _told(code: np.ndarray, factor: np.ndarray, expected: dict[bytes, float]) -> tuple[float, float]:
+    """(I − E) / (H − E), at least 0, and E / H, of levels that all occur."""
+    from sklearn.metrics.cluster import expected_mutual_information
+
+    n, levels = len(factor), int(factor.max()) + 1
+    joint = np.bincount(code * levels + factor, minlength=(int(code.max()) + 1) * levels).reshape(-1, levels)
+    rows, columns = joint.sum(1), joint.sum(0)
     seen = joint > 0
-    return float((joint[seen] * np.log(joint[seen] / independent[seen])).sum())
+    information = (joint[seen] * np.log(n * joint[seen] / np.outer(rows, columns)[seen])).sum() / n
+    entropy = (columns * np.log(n / columns)).sum() / n
+    key = np.sort(rows).tobytes()
+    if key not in expected:
+        expected[key] = float(expected_mutual_information(joint, n))
+    chance = expected[key]
+    if entropy - chance < 1e-9 * entropy:  # every example has a level of its own
+        return 0.0, 1.0
+    return max(0.0, float((information - chance) / (entropy - chance))), chance / entropy
 
 
 @measurement(columns={"": (), "se": (), "rhat": (), "acceptance": (), "trusted": (), "n": (), "nbeta": ()})

@@ -1,5 +1,7 @@
 """Properties against closed forms and dense computations."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.nn import functional
 
 from datamodels.errors import MeasurementError
 from datamodels.measurements import properties
+from datamodels.measurements.transferability import SmallSampleWarning
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((60, 7)) @ np.diag([5, 3, 1, 1, 0.5, 0.1, 0.1]) + 2
@@ -285,34 +288,104 @@ def test_sharpness_says_where_it_did_not_get():
 # ----------------------------------------------------------------------------------------------- disentanglement
 
 FACTORS = np.stack(np.meshgrid(range(4), range(5), range(3), indexing="ij"), -1).reshape(-1, 3)
+few_examples = pytest.mark.filterwarnings("ignore::datamodels.measurements.transferability.SmallSampleWarning")
 
 
+@few_examples
 def test_disentangled_codes_give_one_and_rotated_ones_less():
     codes = FACTORS * [2.0, -1, 7] + 1
     assert properties.disentanglement(codes, FACTORS) == pytest.approx(1)
-    assert properties.disentanglement(codes[:, ::-1], FACTORS) == pytest.approx(
-        1
-    )  # which code is which does not matter
+    # which code is which does not matter
+    assert properties.disentanglement(codes[:, ::-1], FACTORS) == pytest.approx(1)
     rotated = properties.disentanglement(codes @ orthogonal(3), FACTORS)
     assert rotated < 0.5
     doubled = properties.disentanglement(np.repeat(codes, 2, axis=1), FACTORS)
     assert doubled == pytest.approx(0, abs=1e-12)  # each factor is told twice
 
 
+@few_examples
+@pytest.mark.parametrize(("n", "least"), [(50, 0.8), (100, 0.9), (1000, 0.99)])
+def test_disentanglement_of_a_perfect_code_is_one_for_any_number_of_examples(n, least):
+    """Ten levels and features that say nothing: their information is all chance, 0.6 of the entropy with n=50."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        v = rng.integers(0, 10, (n, 3))
+        codes = np.c_[v, rng.standard_normal((n, 2))]
+        assert least < properties.disentanglement(codes, v) <= 1
+        assert properties.disentanglement(rng.standard_normal((n, 5)), v) < 1 - least + 0.05
+        far = codes.copy()
+        far[-1, :3] = 1e6  # equal parts of the range would then be one for all others
+        assert properties.disentanglement(far, v) > least - 0.1
+
+
+def test_disentanglement_of_continuous_features_does_not_change_with_their_scale():
+    """Quantiles know the order alone, and an outlier is but the last; atoms, as of ReLU, are one level."""
+    rng = np.random.default_rng(0)
+    v = rng.integers(0, 4, (3000, 2))
+    codes = v + 0.5 * rng.standard_normal((3000, 2))
+    once = properties.disentanglement(codes, v)
+    assert 0.4 < once < 0.9
+    assert properties.disentanglement(np.exp(3 * codes), v) == pytest.approx(once, rel=1e-12)
+    above = np.maximum(codes - 0.5, 0)
+    assert 0.3 < properties.disentanglement(above, v) < once
+    # a factor of more levels than there are parts is still told wholly by itself
+    many = rng.integers(0, 40, (8000, 2))
+    assert properties.disentanglement(many.astype(float), many) == pytest.approx(1, abs=0.01)
+
+
+def test_disentanglement_is_the_gap_of_adjusted_mutual_informations():
+    """scikit-learn's, normalised by the factor's entropy: its `min` where the feature has the larger one."""
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    rng = np.random.default_rng(0)
+    v = rng.integers(0, 3, 400)
+    codes = np.stack([v + 3 * rng.integers(0, 2, 400) * (rng.random(400) < 0.5), rng.integers(0, 9, 400)], 1)
+    codes[:40, 0] = rng.integers(0, 6, 40)
+    codes[200:300, 1] = v[200:300]
+    told = [adjusted_mutual_info_score(v, code, average_method="min") for code in codes.T]
+    found = properties.disentanglement(codes.astype(float), v[:, None])
+    assert found == pytest.approx(abs(told[0] - told[1]), rel=1e-9) and min(told) > 0.01
+
+
 def test_disentanglement_of_codes_that_tell_half():
     """z₁ says whether v is below 2 of its 4 equal levels, z₂ nothing: (ln 2 − 0) / ln 4 = ½."""
-    v = np.tile(np.arange(4), 25)[:, None]
-    codes = np.stack([v[:, 0] < 2, np.repeat(np.arange(25), 4) % 5], 1).astype(float)
-    assert properties.disentanglement(codes, v) == pytest.approx(0.5)
+    v = np.tile(np.arange(4), 2500)[:, None]
+    codes = np.stack([v[:, 0] < 2, np.repeat(np.arange(2500), 4) % 5], 1).astype(float)
+    assert properties.disentanglement(codes, v) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_disentanglement_warns_of_few_examples():
+    rng = np.random.default_rng(0)
+    for n, few in ((100, True), (600, False)):
+        v = rng.integers(0, 10, (n, 2))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            properties.disentanglement(rng.standard_normal((n, 3)), v)
+        assert [w.category for w in caught] == [SmallSampleWarning] * few
+        if few:
+            assert "with 100 examples, chance alone tells" in str(caught[0].message)
+            assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize(
     ("factors", "says"),
-    [(np.zeros((60, 1)), "has the same value"), (np.arange(60)[:, None], "expected a few levels each")],
+    [
+        (np.zeros((60, 1)), "has the same value"),
+        (np.arange(60)[:, None], "expected a few levels each"),
+        (np.where(np.arange(60) == 7, np.nan, np.arange(60) % 3)[:, None], "finite factors; got nan .* of example 7"),
+    ],
 )
 def test_factors_that_say_nothing(factors, says):
     with pytest.raises(MeasurementError, match=says):
         properties.disentanglement(FEATURES, factors)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_disentanglement_of_features_that_are_not_finite(value):
+    features = FEATURES.copy()
+    features[3, 2] = value
+    with pytest.raises(MeasurementError, match=f"finite features; got {value} in column 2 of example 3"):
+        properties.disentanglement(features, FACTORS)
 
 
 # ------------------------------------------------------------------------------------------------------------ llc
