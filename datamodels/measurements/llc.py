@@ -24,14 +24,17 @@ from datamodels.measurements.losses import LossFn, Masks
 from datamodels.measurements.samplers import Chains, Settings, sample
 
 TRUST = "trust"
-MOST_STEP_BIAS = 0.1  # of the mean
+MOST_STEP_BIAS = 0.05  # of the mean
+MOST_ROUNDING = 0.02  # of the mean: nβ times the spacing of numbers at the initial loss
 LEAST_ACCEPTANCE = (
     0.6  # for sgnht; over the law of its own chain, a Langevin step on a quadratic never has less than 1/2
 )
 MOST_RHAT = 1.1  # Gelman and Rubin, 1992
 LEAST_ESS = 100  # Vehtari et al., 2021, ask for 50 in each of two halves
 MOST_DRIFT_Z, MOST_DRIFT = 3.0, 0.05  # of the last third against the first: in standard errors, and as a share
+LEAST_ARRIVAL = 0.75  # and by a standard error more
 MOST_BELOW = 0.5
+LEAST_Z = 2.0  # standard errors between 0 and the mean
 BAND = (0.9, 0.95)  # acceptance that `choose` looks for
 
 
@@ -80,8 +83,8 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %, from the standard error."""
-        return self.mean - 1.96 * self.standard_error, self.mean + 1.96 * self.standard_error
+        """95 %: 1.96 standard errors to both sides, and below also the `step_bias`, which makes the mean too large."""
+        return self.mean - self.step_bias_of_mean - 1.96 * self.standard_error, self.mean + 1.96 * self.standard_error
 
     @property
     def std(self) -> float:
@@ -114,31 +117,59 @@ class Estimate:
         return float(self.chains.step_bias[self.chains.running].mean())
 
     @property
+    def step_bias_of_mean(self) -> float:
+        """How much of the mean may be `step_bias`; 0 for sgnht, whose steps have less of it."""
+        return 0.0 if self.chains.settings.sampler == "sgnht" else max(self.step_bias, 0.0)
+
+    @property
+    def rounding(self) -> float:
+        """nβ times the distance between numbers of the model's dtype at the initial loss."""
+        return self.chains.nbeta * self.chains.resolution
+
+    @property
     def share_below(self) -> float:
         """The share of draws whose loss is below that of the model itself."""
         return float((self.values < 0).mean())
 
-    @cached_property
+    @property
     def drift(self) -> float:
         """Mean of the last third of the draws minus that of the first."""
-        first, last = self._thirds
-        return float(last.mean() - first.mean())
+        return self._drift[0]
 
-    @cached_property
+    @property
     def drift_z(self) -> float:
         """The drift in its standard errors (Geweke, 1992)."""
-        error = math.hypot(*(standard_error(third) for third in self._thirds))
-        return self.drift / error if error > 0 else 0.0
+        return self._drift[1]
 
     @property
     def stationary(self) -> bool:
-        """Whether the draws of the last third are as those of the first."""
-        return not (abs(self.drift_z) > MOST_DRIFT_Z and abs(self.drift) > MOST_DRIFT * abs(self.mean))
+        """Whether the chains have arrived, and the losses of the last third are as those of the first."""
+        drifts = abs(self.drift_z) > MOST_DRIFT_Z and abs(self.drift) > MOST_DRIFT * abs(self.mean)
+        return not drifts and self._arrived
 
     @property
-    def _thirds(self) -> tuple[np.ndarray, np.ndarray]:
+    def arrival(self) -> float:
+        """How near |w − w*|² is to growing no more: 1 there, 0 at the start; 1 in a box, where nobody can say.
+
+        In chains that have hardly moved the noise of batches hides all change of the loss, and not of this.
+        """
+        if self.chains.settings.box is not None:
+            return 1.0
+        return float(self.chains.arrival[self.chains.running].mean())
+
+    @cached_property
+    def _arrived(self) -> bool:
+        if self.chains.settings.box is not None:
+            return True
+        table = self.chains.arrival[self.chains.running]
+        return self.arrival >= LEAST_ARRIVAL + (standard_error(table) if table.size > 1 else 0.0)
+
+    @cached_property
+    def _drift(self) -> tuple[float, float]:
         third = max(1, self.values.shape[1] // 3)
-        return self.values[:, :third], self.values[:, -third:]
+        first, last = self.values[:, :third], self.values[:, -third:]
+        drift, error = float(last.mean() - first.mean()), math.hypot(standard_error(first), standard_error(last))
+        return drift, drift / error if error > 0 else 0.0
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -157,11 +188,32 @@ class Estimate:
                 f"Langevin steps of epsilon={given.epsilon:g} are accepted with probability {self.acceptance:.2f}; "
                 f"lower it",
             )
-        if given.sampler != "sgnht" and self.step_bias > MOST_STEP_BIAS * abs(self.mean):
+        if self.rounding > MOST_ROUNDING * abs(self.mean):
+            return Verdict(
+                "too few digits",
+                f"a loss of {found.initial_loss:.4g} is known to {self.chains.resolution:.2g}, which nbeta makes "
+                f"{self.rounding:.2g} of a mean of {self.mean:.3g}; use float64, or a loss on another scale",
+            )
+        if self.step_bias_of_mean > MOST_STEP_BIAS * abs(self.mean):
             return Verdict(
                 "step too large",
                 f"steps of epsilon={given.epsilon:g} and the noise of batches add up to {self.step_bias:.3g} to a mean "
                 f"of {self.mean:.3g}; lower epsilon, take larger batches, or let sgnht cool them",
+            )
+        fell = self.mean < -LEAST_Z * self.standard_error
+        if not fell and not self.stationary:
+            pull = f", where localisation alone takes {2 / (given.epsilon * given.gamma):.3g}" if given.gamma else ""
+            how = (
+                f"chains are still on their way out: |w - w*|^2 grows at {1 - self.arrival:.0%} of the speed it began "
+                f"with (at most {1 - LEAST_ARRIVAL:.0%} will do, by a standard error)"
+                if not self._arrived
+                else f"the last third of the draws has a mean {self.drift:+.3g} from the first's, "
+                f"{abs(self.drift_z):.1f} standard errors"
+            )
+            return Verdict(
+                "not stationary",
+                f"{how}, in {given.steps} steps{pull}; raise burn_in (now {given.burn_in}), epsilon (now "
+                f"{given.epsilon:g}) or gamma (now {given.gamma:g})",
             )
         if self.mean <= 0 or self.share_below > MOST_BELOW:
             return Verdict(
@@ -169,23 +221,20 @@ class Estimate:
                 f"{self.share_below:.0%} of the draws have a lower loss than the model itself (mean {self.mean:.3g}): "
                 f"it is not at a minimum, or chains left it; raise gamma (now {given.gamma:g}), or train longer",
             )
-        if not self.stationary:
-            return Verdict(
-                "not stationary",
-                f"the last third of the draws has a mean {self.drift:+.3g} from the first's, {abs(self.drift_z):.1f} "
-                f"standard errors; raise burn_in (now {given.burn_in}) or gamma",
-            )
+        if given.chains == 1:
+            return Verdict("one chain", "nothing says whether another chain would agree; raise chains (now 1)")
         if self.rhat > MOST_RHAT:
             return Verdict(
                 "chains disagree",
                 f"split R-hat is {self.rhat:.2f}, above {MOST_RHAT}; more draws, or a larger epsilon that is still "
                 f"accepted",
             )
-        if self.ess < LEAST_ESS:
+        if self.ess < LEAST_ESS or self.mean < LEAST_Z * self.standard_error:
             return Verdict(
                 "too few draws",
-                f"{self.values.size} draws are worth {self.ess:.0f} independent ones, below {LEAST_ESS}; raise draws, "
-                f"thin or chains",
+                f"{self.values.size} draws are worth {self.ess:.0f} independent ones, of a mean of {self.mean:.3g} with "
+                f"a standard error of {self.standard_error:.2g}; {LEAST_ESS}, and a mean of {LEAST_Z:g} errors, are "
+                f"needed: raise draws, thin or chains",
             )
         return Verdict(
             TRUST,
@@ -199,8 +248,8 @@ class Estimate:
             "llc": self.mean, "llc_se": self.standard_error, "llc_std": self.std, "wbic": self.wbic,
             "initial_loss": found.initial_loss, "n": found.n, "nbeta": found.nbeta,
             "num_parameters": found.num_parameters,
-            "rhat": self.rhat, "ess": self.ess, "acceptance": self.acceptance, "step_bias": self.step_bias,
-            "share_below": self.share_below,
+            "rhat": self.rhat, "arrival": self.arrival, "ess": self.ess, "acceptance": self.acceptance,
+            "step_bias": self.step_bias, "share_below": self.share_below,
             "drift_z": self.drift_z, "stationary": self.stationary, "chains_stopped": len(found.stopped),
             "gradient_norm": float(found.gradient_norm[found.running].mean()),
             "pull_norm": float(found.pull_norm[found.running].mean()),
@@ -241,41 +290,44 @@ class Choice(NamedTuple):
 
 def choose(
     acceptance: Sequence[float] | np.ndarray,
-    stationary: Sequence[bool] | np.ndarray,
+    verdict: Sequence[str] | np.ndarray,
     ess: Sequence[float] | np.ndarray,
-    rhat: Sequence[float] | np.ndarray,
+    gamma: Sequence[float] | np.ndarray,
     *,
     band: tuple[float, float] = BAND,
 ) -> Choice:
-    """The row with the most effective draws among those that are stationary, agree, and accept within the band.
+    """The row to use of those that are trusted and accept within the band: the least gamma, then the most draws.
 
-    Not the highest acceptance: that only means the smallest step, which does not move.
+    Not the highest acceptance: that only means the smallest step, which does not move. Nor the most effective draws
+    of all: the more localisation, the faster chains mix, and the less of the valley they see.
 
     Raises MeasurementError for columns of different lengths, or an empty band.
     """
-    columns = [np.asarray(column, float) for column in (acceptance, stationary, ess, rhat)]
+    columns = [np.asarray(acceptance, float), np.asarray(verdict), np.asarray(ess, float), np.asarray(gamma, float)]
     low, high = band
     if len({column.shape for column in columns}) > 1 or columns[0].ndim != 1 or not len(columns[0]):
         raise MeasurementError(f"choose: expected columns of one length, got {[column.shape for column in columns]}")
     if not 0 <= low < high <= 1:
         raise MeasurementError(f"choose: expected a band within [0, 1], its lower end first; got {band}")
-    accepted, settled, worth, spread = columns
+    accepted, words, worth, pull = columns
     within = (accepted >= low) & (accepted <= high)
-    agreeing = (settled == 1) & (spread <= MOST_RHAT)
-    eligible = np.flatnonzero(within & agreeing & np.isfinite(worth))
+    trusted = words == TRUST
+    eligible = np.flatnonzero(within & trusted & np.isfinite(worth))
     if len(eligible) == 0:
+        others = ", ".join(f"{(words == word).sum()} {word}" for word in np.unique(words) if word != TRUST)
+        sure = np.nan_to_num(accepted[trusted] if trusted.any() else accepted)
         return Choice(
             None,
-            f"{int(within.sum())} of {len(accepted)} rows accept within [{low:g}, {high:g}], {int(agreeing.sum())} are "
-            f"stationary with R-hat at most {MOST_RHAT}, none is both; acceptance runs from "
-            f"{np.nan_to_num(accepted).min():.3f} to {np.nan_to_num(accepted).max():.3f}: try epsilons "
-            f"between, or longer chains",
+            f"{int(within.sum())} of {len(accepted)} rows accept within [{low:g}, {high:g}], {int(trusted.sum())} are "
+            f"trusted{f' ({others})' * bool(others)}, none is both; acceptance of {'those' if trusted.any() else 'all'} "
+            f"runs from {sure.min():.3f} to {sure.max():.3f}: try epsilons between, or longer chains",
         )
-    best = int(eligible[np.argmax(worth[eligible])])
+    least = eligible[pull[eligible] == pull[eligible].min()]
+    best = int(least[np.argmax(worth[least])])
     return Choice(
         best,
-        f"acceptance {accepted[best]:.3f} within [{low:g}, {high:g}], stationary, R-hat {spread[best]:.3f}; "
-        f"{worth[best]:.0f} effective draws, the most of {len(eligible)} such rows",
+        f"acceptance {accepted[best]:.3f} within [{low:g}, {high:g}], trusted; gamma {pull[best]:g} is the least of "
+        f"{len(eligible)} such rows, {worth[best]:.0f} effective draws the most of {len(least)} with it",
     )
 
 

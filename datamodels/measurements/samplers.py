@@ -124,8 +124,11 @@ class Chains:
     noise_norm (C, checks): lengths of that step's parts, in units of the weights. step_bias (C, checks):
     ε/8 nβ∇L·G(−b), whose mean is what the step's size adds to nβ (E L − L(w*)): exact for a quadratic loss and all
     examples, where a step of εH = h makes variances 1/(1 − h/4) times too large; and an upper bound of what the noise
-    of batches adds. sgnht has less of the one and none of the other. distance (C, draws): |w − w*|. stopped: by chain,
-    the update that made its loss infinite or NaN.
+    of batches adds. sgnht has less of the one and none of the other. arrival (C, checks): −(w − w*)·Gb / tr G, by which
+    |w − w*|² has stopped growing; its mean is 1 in equilibrium (the virial theorem), 0 where chains have hardly moved,
+    and means nothing in a box. distance (C, draws): |w − w*|. stopped: by chain,
+    the update that made its loss infinite or NaN. resolution: distance between the numbers of the model's dtype at
+    initial_loss.
     """
 
     settings: Settings
@@ -134,6 +137,7 @@ class Chains:
     nbeta: float
     num_parameters: int
     initial_loss: float
+    resolution: float
     excess: np.ndarray
     trace: np.ndarray
     acceptance: np.ndarray
@@ -141,6 +145,7 @@ class Chains:
     pull_norm: np.ndarray
     noise_norm: np.ndarray
     step_bias: np.ndarray
+    arrival: np.ndarray
     distance: np.ndarray
     stopped: dict[int, int]
     at_once: int
@@ -205,7 +210,7 @@ def sample(
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     found = Chains(
         settings=settings, seed=seed, n=loss.n, nbeta=nbeta, num_parameters=loss.count, initial_loss=initial,
-        stopped=stopped, at_once=size, one_by_one_because=why, **joined,
+        resolution=abs(initial) * torch.finfo(loss.dtype).eps, stopped=stopped, at_once=size, one_by_one_because=why, **joined,
     )  # fmt: skip
     if not found.running:
         raise Diverged(found)
@@ -258,7 +263,7 @@ def _run(
     excess = torch.full((settings.draws, count), math.nan, dtype=torch.float64, device=device)
     distance = torch.full_like(excess, math.nan)
     checks = {int(at): place for place, at in enumerate(_spread(settings))}
-    checked = torch.full((len(checks), 5, count), math.nan, dtype=torch.float64, device=device)
+    checked = torch.full((len(checks), 6, count), math.nan, dtype=torch.float64, device=device)
     offset = torch.empty_like(weights)
 
     looked = 0
@@ -303,7 +308,7 @@ def _run(
     for row, chain in enumerate(group):
         if chain in stopped:
             excess[:, row] = math.nan
-    acceptance, gradient, pull, noise_norm, step_bias = checked.permute(1, 2, 0).cpu().numpy()
+    acceptance, gradient, pull, noise_norm, step_bias, arrival = checked.permute(1, 2, 0).cpu().numpy()
     return {
         "excess": excess.T.cpu().numpy(),
         "trace": traces,
@@ -312,6 +317,7 @@ def _run(
         "pull_norm": pull,
         "noise_norm": noise_norm,
         "step_bias": step_bias,
+        "arrival": arrival,
         "distance": distance.T.cpu().numpy(),
     }, stopped
 
@@ -443,7 +449,7 @@ def _check(
     box: Box | None,
     batch: tuple[torch.Tensor, torch.Tensor, bool, torch.Tensor],
 ) -> torch.Tensor:
-    """(5, C): acceptance of a Langevin step from here, the lengths of its gradient, pull and noise, and its bias.
+    """(6, C): acceptance of a Langevin step from here, lengths of its gradient, pull and noise, its bias, and arrival.
 
     With Δ the step, g and g' the gradients of L at both ends of it, b and b' those of log π, and the preconditioner
     held still, log α = nβ (L − L') + nβ/2 Δ·(g + g') + ε/8 (b·Gb − b'·Gb'); what localisation adds to the first two
@@ -477,7 +483,10 @@ def _check(
     parts = (nbeta * epsilon / 2 * metric * g, epsilon / 2 * metric * pull, shake)
     norms = [torch.linalg.vector_norm(part, dim=1).double() for part in parts]
     log_alpha.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # a step to where the loss is not finite
-    return torch.stack([log_alpha.clamp(max=0).exp(), *norms, -epsilon / 8 * nbeta * dot(g, metric * b)])
+    moving = loss.count if scale is None else (scale if loss.mask is None else scale * loss.mask).sum(1, dtype=torch.float64)
+    arrival = -dot(w - loss.start, metric * b) / moving
+    bias = -epsilon / 8 * nbeta * dot(g, metric * b)
+    return torch.stack([log_alpha.clamp(max=0).exp(), *norms, bias, arrival])
 
 
 def _generators(seed: int, stream: int, group: Sequence[int], device: torch.device) -> list[torch.Generator]:

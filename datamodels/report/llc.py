@@ -24,7 +24,7 @@ def sweep(
     acceptance: Numbers,
     llc: Numbers,
     llc_se: Numbers,
-    settled: Sequence[bool] | np.ndarray,
+    trusted: Sequence[bool] | np.ndarray,
     *,
     chosen: int | None = None,
     band: tuple[float, float],
@@ -32,10 +32,10 @@ def sweep(
 ) -> Figure:
     """Acceptance and LLC, with 95 % intervals, against the step, a line for each localisation; one entry for each row.
 
-    Hollow points are not `settled`: not stationary, or chains disagree. Rows without a finite LLC have diverged and are
+    Hollow points are not `trusted`, as their verdicts say. Rows without a finite LLC have diverged and are
     counted. `chosen` is ringed.
     """
-    columns = [np.asarray(column, float) for column in (epsilon, gamma, acceptance, llc, llc_se, settled)]
+    columns = [np.asarray(column, float) for column in (epsilon, gamma, acceptance, llc, llc_se, trusted)]
     if len({column.shape for column in columns}) > 1 or columns[0].ndim != 1 or not len(columns[0]):
         raise DatamodelsError(f"picture: expected columns of one length, got {[column.shape for column in columns]}")
     x, pulls, accepted, value, error, sure = columns
@@ -43,7 +43,7 @@ def sweep(
         from matplotlib import colormaps
         from matplotlib.lines import Line2D
 
-        figure = _figure(7.6, 5.6, "Acceptance and LLC by step size and localisation", subtitle)
+        figure = _figure(7.8, 5.6, "Acceptance and LLC by step size and localisation", subtitle)
         above, below = figure.add_axes((0.105, 0.49, 0.675, 0.36)), figure.add_axes((0.105, 0.1, 0.675, 0.33))
         above.axhspan(*band, color=FAINT, alpha=0.18, linewidth=0)
         above.text(
@@ -72,7 +72,7 @@ def sweep(
                 marker="o",
                 markerfacecolor="white",
                 linestyle="",
-                label="not stationary, or\nchains disagree",
+                label="not trusted",
             )
         )
         if chosen is not None:

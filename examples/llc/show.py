@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from datamodels.errors import DatamodelsError
-from datamodels.measurements.llc import BAND, MOST_RHAT, TRUST, Choice, choose
+from datamodels.measurements.llc import BAND, TRUST, Choice, choose
 from datamodels.report import llc as pictures
 from datamodels.report.figures import save
 from datamodels.store import Store
@@ -51,7 +51,8 @@ def table(path: Path) -> dict[str, np.ndarray]:
 
 def chosen(found: dict[str, np.ndarray], band: tuple[float, float] = BAND) -> Choice:
     """Which entry of a sweep's table to use."""
-    return choose(found["acceptance"], found["stationary"], found["ess"], found["rhat"], band=band)
+    gamma = found.get("gamma", np.zeros(len(found["row"])))
+    return choose(found["acceptance"], found["verdict"], found["ess"], gamma, band=band)
 
 
 def sweep(path: Path, out: Path | None = None) -> Choice:
@@ -75,7 +76,7 @@ def sweep(path: Path, out: Path | None = None) -> Choice:
         part = {name: column[of_it] for name, column in found.items()}
         columns = [part[name] for name in ("epsilon", "gamma", "acceptance", "llc", "llc_se")]
         ringed = int(np.flatnonzero(of_it == choice.row)[0]) if choice.row in of_it else None
-        figure = pictures.sweep(*columns, part["stationary"] & (part["rhat"] <= MOST_RHAT), chosen=ringed, band=BAND,
+        figure = pictures.sweep(*columns, part["verdict"] == TRUST, chosen=ringed, band=BAND,
                                 subtitle=f"{sampler + ': ' if sampler else ''}{_setting(part)}")  # fmt: skip
         print(f"   {save(figure, out.with_stem(f'{out.stem}-{sampler}') if sampler else out)}")
     return choice

@@ -38,9 +38,9 @@ def estimate(model, *, seed=0, **settings):
 
 
 def agrees(found, truth, *, truth_error=0.0, bias=0.0):
-    """Within 3.5 of the estimator's own standard errors, and close enough that 5 % would be seen."""
+    """Within 3.5 of the estimator's own standard errors, and so close that 5 % to either side would be far outside."""
     width = 3.5 * math.hypot(found.standard_error, truth_error) + bias * truth
-    assert width < 0.05 * truth, f"{width / truth:.3f}: too wide to tell"
+    assert width < 0.035 * truth, f"{width / truth:.3f}: too wide to tell"
     assert abs(found.mean - truth) < width, f"{found} against {truth:.4f}"
     assert found.verdict.word == llc.TRUST, found
 
@@ -54,7 +54,7 @@ def agrees(found, truth, *, truth_error=0.0, bias=0.0):
 )
 def test_quadratics(sampler, epsilon, bias, gamma, truth):
     model = Potential(lambda w: w.square().sum(), w=torch.zeros(20))
-    found = estimate(model, epsilon=epsilon, gamma=gamma, sampler=sampler, chains=80, draws=150, burn_in=250, thin=8)
+    found = estimate(model, epsilon=epsilon, gamma=gamma, sampler=sampler, chains=240, draws=150, burn_in=250, thin=8)
     agrees(found, 20 * truth, bias=bias)
 
 
@@ -62,8 +62,8 @@ def test_quadratics(sampler, epsilon, bias, gamma, truth):
 @pytest.mark.parametrize(
     ("sampler", "epsilon", "steps"),
     [
-        ("sgnht", 1e-3, {"chains": 800, "draws": 50, "burn_in": 700, "thin": 20}),
-        pytest.param("sgld", 1e-3, {"chains": 1500, "draws": 100, "burn_in": 3000, "thin": 30}, marks=pytest.mark.slow),
+        ("sgnht", 1e-3, {"chains": 4000, "draws": 40, "burn_in": 700, "thin": 20}),
+        pytest.param("sgld", 1e-3, {"chains": 2500, "draws": 80, "burn_in": 3000, "thin": 30}, marks=pytest.mark.slow),
     ],
 )
 def test_normal_crossings_in_a_box(sampler, epsilon, steps, k, truth):
@@ -117,7 +117,7 @@ REDUCED_RANK = {1: (6.05, 7.71, 9.20, 10.51), 10: (4.32, 6.44, 8.35, 10.02), 100
 def test_reduced_rank_regression(rank, gamma):
     truth, error = gibbs(rank, gamma)
     assert abs(truth - REDUCED_RANK[gamma][rank]) < 3.5 * math.hypot(error, 0.02)
-    found = estimate(reduced_rank(rank), epsilon=3e-4, gamma=gamma, sampler="sgnht", chains=120, draws=150,
+    found = estimate(reduced_rank(rank), epsilon=3e-4, gamma=gamma, sampler="sgnht", chains=120 if rank or gamma < 100 else 600, draws=150,
                      burn_in=900, thin=8, friction=0.05)  # fmt: skip
     agrees(found, truth, truth_error=error, bias=0.01)
 
@@ -126,7 +126,7 @@ def test_reduced_rank_regression(rank, gamma):
 @pytest.mark.parametrize(("rank", "gamma"), [(0, 100), (3, 10)])
 def test_reduced_rank_regression_by_sgld(rank, gamma):
     truth, error = gibbs(rank, gamma)
-    found = estimate(reduced_rank(rank), epsilon=1e-4, gamma=gamma, chains=200, draws=150, burn_in=1500, thin=20)
+    found = estimate(reduced_rank(rank), epsilon=1e-4, gamma=gamma, chains=500 if rank else 1500, draws=100, burn_in=1500, thin=20)
     agrees(found, truth, truth_error=error, bias=0.015)
 
 
@@ -226,7 +226,8 @@ def test_trust():
     assert found.verdict.word == "trust", found
     assert "R-hat" in found.verdict.reason and "effective draws" in found.verdict.reason
     low, high = found.interval
-    assert low < found.mean < high and high - low == pytest.approx(2 * 1.96 * found.standard_error)
+    assert high - found.mean == pytest.approx(1.96 * found.standard_error)
+    assert found.mean - low == pytest.approx(1.96 * found.standard_error + found.step_bias) and found.step_bias > 0
     assert found.running[:, -1] == pytest.approx(found.per_chain)
     assert found.running[:, 1] == pytest.approx(found.values[:, :2].mean(axis=1))
     row = found.columns()
@@ -270,6 +271,72 @@ def test_not_stationary():
     assert found.drift > 0 and found.drift_z > 3 and not found.stationary
 
 
+def regression(scale=1.0):
+    """A linear regression at its minimum: model, mean squared error / 2, data, and the exact λ̂ at gamma 100."""
+    torch.manual_seed(0)
+    x = torch.randn(N, 5, dtype=torch.float64)
+    y = x @ torch.arange(5.0, dtype=torch.float64) + scale * torch.randn(N, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(5, 1, bias=False), nn.Flatten(0)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.linalg.lstsq(x, y[:, None]).solution.T)
+    curvatures = torch.linalg.eigvalsh(x.T @ x / N) * NBETA
+    truth = {gamma: float((curvatures / (curvatures + gamma) / 2).sum()) for gamma in (1, 100)}
+    return model, lambda outputs, labels: (outputs - labels).square().mean() / 2, (x, y), truth
+
+
+def test_a_regression():
+    model, loss, data, truth = regression()
+    found = llc.estimate(model, loss, data, Settings(epsilon=2e-4, gamma=100, draws=3000, burn_in=300), seed=0)
+    low, high = found.interval
+    assert found.arrival == pytest.approx(1, abs=0.15) and found.verdict.word == llc.TRUST, found
+    assert low < truth[100] < high
+
+
+@pytest.mark.parametrize("batch_size", [10, 512])
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-7, 1e-12])
+def test_chains_that_have_hardly_moved_are_not_trusted_however_noisy_their_batches(batch_size, epsilon):
+    model, loss, data, _ = regression()
+    settings = Settings(epsilon=epsilon, gamma=100, batch_size=batch_size, draws=200, burn_in=100)
+    for seed in range(4):
+        found = llc.estimate(model, loss, data, settings, seed=seed)
+        assert found.verdict.word != llc.TRUST, found
+
+
+def test_arrival_is_where_the_distance_stands_still():
+    # |w|² of a chain in a bowl, from 0: (1 − exp(−εHt)) of its end; its speed is exp(−εHt) of what it was
+    model, (epsilon, gamma) = bowl(4000), (2e-5, 10)
+    H = 2 * NBETA + gamma
+    for steps in (5, 100, 400):
+        found = estimate(model, epsilon=epsilon, gamma=gamma, chains=8, draws=2, burn_in=steps, checks=2)
+        assert found.arrival == pytest.approx(1 - math.exp(-epsilon * H * (steps + 1)), abs=0.02)
+    assert estimate(bowl(), epsilon=1e-7, gamma=0, box=1, draws=20).arrival == 1  # nobody can say
+
+
+def test_too_few_digits():
+    model, loss, (x, y), truth = regression(scale=600)
+    settings = Settings(epsilon=1e-3, gamma=1, draws=600, burn_in=200)
+    found = llc.estimate(model, loss, (x, y), settings, seed=0)
+    assert abs(found.mean - truth[1]) < 4 * found.standard_error + 0.05 * truth[1] and found.verdict.word == llc.TRUST
+    single = llc.estimate(model.float(), loss, (x.float(), y.float()), settings, seed=0)
+    assert single.verdict.word == "too few digits" and "use float64" in single.verdict.reason, single
+    assert single.rounding > 1 > found.rounding
+
+
+def test_one_chain_is_nobodys_witness():
+    assert estimate(bowl(), epsilon=1e-4, gamma=10, chains=1, draws=3000, burn_in=300).verdict.word == "one chain"
+
+
+def test_trusted_intervals_hold_the_truth():
+    H = 2 * NBETA + 100
+    covered = []
+    for seed in range(40):
+        found = estimate(bowl(50), epsilon=0.18 / H, gamma=100, chains=8, draws=300, burn_in=200, seed=seed)
+        low, high = found.interval
+        assert found.verdict.word == llc.TRUST, found
+        covered.append(low < 50 * NBETA / H < high)
+    assert np.mean(covered) >= 0.9
+
+
 def test_chains_disagree():
     found = estimate(bowl(), epsilon=5e-4, gamma=10, chains=4, draws=600, burn_in=200)
     elsewhere = found.chains.excess + np.array([[0], [4], [0], [4]]) / found.chains.nbeta  # as in a valley of their own
@@ -281,36 +348,52 @@ def test_chains_disagree():
 def test_too_few_draws():
     found = estimate(bowl(100), epsilon=2e-4, gamma=100, draws=10, burn_in=300, thin=30)
     assert found.verdict.word == "too few draws", found
-    assert "below 100" in found.verdict.reason
-    assert estimate(bowl(), epsilon=2e-4, gamma=100, draws=1, chains=1).verdict.word == "too few draws"
+    assert "worth 63 independent ones" in found.verdict.reason and "100, and a mean of 2 errors" in found.verdict.reason
+    assert estimate(bowl(), epsilon=2e-4, gamma=100, draws=1, burn_in=99, chains=2).verdict.word != llc.TRUST
 
 
 # -- the choice ------------------------------------------------------------------------
 
 
 def test_choose_within_the_band_and_not_the_highest_acceptance():
-    acceptance = [0.999, 0.96, 0.94, 0.92, 0.91, 0.93, 0.5]
-    stationary = [1, 1, 1, 1, 0, 1, 1]
-    ess = [900, 500, 200, 300, 800, 700, 900]
-    rhat = [1, 1, 1.01, 1.02, 1, 1.4, 1]
-    row, reason = llc.choose(acceptance, stationary, ess, rhat)
-    assert row == 3 and "300 effective draws, the most of 2 such rows" in reason
-    assert llc.choose(acceptance, stationary, ess, rhat, band=(0.99, 1)).row == 0
-    row, reason = llc.choose(acceptance, [0] * 7, ess, rhat)
-    assert row is None and "4 of 7 rows accept within" in reason and "0 are stationary" in reason
+    acceptance = [0.999, 0.96, 0.94, 0.92, 0.91, 0.93, 0.5, 0.93]
+    verdict = ["trust"] * 4 + ["not stationary", "step too large", "trust", "trust"]
+    ess = [900, 500, 200, 300, 800, 700, 900, 1000]
+    gamma = [10, 10, 10, 10, 10, 10, 10, 100]
+    row, reason = llc.choose(acceptance, verdict, ess, gamma)
+    assert row == 3 and "gamma 10 is the least of 3 such rows, 300 effective draws the most of 2 with it" in reason
+    assert llc.choose(acceptance, verdict, ess, gamma, band=(0.99, 1)).row == 0
+    assert llc.choose(acceptance[4:], verdict[4:], ess[4:], gamma[4:]).row == 3
+    row, reason = llc.choose(acceptance, ["not localised"] * 8, ess, gamma)
+    assert row is None and "5 of 8 rows accept within" in reason and "0 are trusted (8 not localised)" in reason
     with pytest.raises(MeasurementError, match="one length"):
-        llc.choose(acceptance, stationary[:3], ess, rhat)
+        llc.choose(acceptance, verdict[:3], ess, gamma)
     with pytest.raises(MeasurementError, match="lower end first"):
-        llc.choose(acceptance, stationary, ess, rhat, band=(0.95, 0.9))
+        llc.choose(acceptance, verdict, ess, gamma, band=(0.95, 0.9))
+
+
+def chosen_of(sweep):
+    table = [s.columns() for s in sweep]
+    gamma = [s.chains.settings.gamma for s in sweep]
+    return llc.choose(*([row[name] for row in table] for name in ("acceptance", "verdict", "ess")), gamma)
 
 
 def test_choose_on_a_sweep():
     # the highest acceptance is the smallest step, whose chains have not arrived
     epsilons = [1e-7, 1e-5, 6e-4, 3e-3]
-    sweep = [estimate(bowl(100), epsilon=e, gamma=10, chains=8, draws=150, burn_in=150, thin=2) for e in epsilons]
-    table = [s.columns() for s in sweep]
-    columns = [[row[name] for row in table] for name in ("acceptance", "stationary", "ess", "rhat")]
-    assert np.argmax(columns[0]) == 0 and sweep[0].mean < 5
-    chosen = llc.choose(*columns)
-    assert chosen.row == 2, (columns, chosen)
-    assert sweep[2].mean == pytest.approx(100 * NBETA / (2 * NBETA + 10), rel=0.07)
+    sweep = [
+        estimate(bowl(100), epsilon=e, gamma=g, chains=8, draws=150, burn_in=150, thin=2)
+        for e in epsilons
+        for g in (10, 100)
+    ]
+    assert np.argmax([s.acceptance for s in sweep]) in (0, 1) and sweep[0].mean < 5
+    chosen = chosen_of(sweep)
+    assert chosen.row == 4, ([str(s) for s in sweep], chosen)
+    truth = 100 * NBETA / (2 * NBETA + 10)
+    assert abs(sweep[4].mean - sweep[4].step_bias - truth) < 3.5 * sweep[4].standard_error < 0.06 * truth
+
+
+def test_nothing_is_chosen_where_there_is_no_minimum():
+    slope = Potential(lambda w: w.sum() + w.square().sum(), w=torch.zeros(5))
+    sweep = [estimate(slope, epsilon=e, gamma=100, draws=200, burn_in=300) for e in (1e-3, 1.7e-3)]
+    assert any(llc.BAND[0] < s.acceptance < llc.BAND[1] for s in sweep) and chosen_of(sweep).row is None
