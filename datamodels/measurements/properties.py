@@ -326,23 +326,27 @@ def _told(code: np.ndarray, factor: np.ndarray, expected: dict[bytes, float]) ->
     return max(0.0, float((information - chance) / (entropy - chance))), chance / entropy
 
 
-@measurement(columns={"": (), "se": (), "rhat": (), "acceptance": (), "trusted": (), "n": (), "nbeta": ()})
+@measurement(columns={
+    "": (), "se": (), "rhat": (), "acceptance": (), "step_bias": (), "trusted": (), "n": (), "nbeta": ()
+})  # fmt: skip
 def llc(
     model: torch.nn.Module,
     data: tuple[torch.Tensor, torch.Tensor],
     loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     seed: int = 0,
-    step: float = 0.3,
+    step: float = 0.15,
     gamma: float = 100.0,
-    draws: int = 400,
-    burn_in: int = 300,
+    draws: int = 1000,
+    burn_in: int = 400,
     chains: int = 4,
+    strict: bool = False,
 ) -> dict[str, float]:
     """Local learning coefficient by SGLD with all examples of `data` in every step (`llc.estimate`).
 
     A cheap estimate whose step size needs no calibration: h = `step` in ε = h / (nβ · sharpness + γ), which makes it
-    too high by 1/(1 − h/4) in the stiffest direction and less in others. With its standard error, R̂, acceptance,
-    whether the estimator itself trusts it (1 or 0), and n and nβ, without which the number says nothing.
+    too high by 1/(1 − h/4), 4 %, in the stiffest direction and less in others; `step_bias` says by how much. With its
+    standard error, R̂, acceptance, whether the estimator itself trusts it (1 or 0), and n and nβ, without which the
+    number says nothing. With `strict` one that is not trusted is a failure: MeasurementError with the reason.
     """
     from datamodels.measurements import llc as chains_of
     from datamodels.measurements.samplers import Settings, default_nbeta
@@ -358,10 +362,13 @@ def llc(
         losses="all",
     )
     found = chains_of.estimate(model, loss_fn, data, settings, seed=seed)
+    trusted = found.verdict.word == chains_of.TRUST
+    if strict and not trusted:
+        raise MeasurementError(f"llc: {found.mean:.4g} is not to be trusted: {found.verdict.word}: {found.verdict.reason}")
     columns = found.columns()
     return {
         "": found.mean,
-        "trusted": float(found.verdict.word == chains_of.TRUST),
+        "trusted": float(trusted),
         "se": found.standard_error,
-        **{name: float(columns[name]) for name in ("rhat", "acceptance", "n", "nbeta")},
+        **{name: float(columns[name]) for name in ("rhat", "acceptance", "step_bias", "n", "nbeta")},
     }

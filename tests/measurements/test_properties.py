@@ -394,7 +394,7 @@ def test_disentanglement_of_features_that_are_not_finite(value):
 @pytest.mark.slow
 def test_llc_of_a_quadratic():
     """½ a nβ / (H (1 − h/4)) per direction, H = a nβ + γ, h = εH: SGLD's own stationary variance, nβ = n / ln n."""
-    n, gamma, step = 1000, 100.0, 0.3
+    n, gamma, step = 1000, 100.0, 0.15
     data = (torch.zeros(n, 4), torch.zeros(n, dtype=torch.int64))
 
     class Away(nn.Module):
@@ -406,7 +406,7 @@ def test_llc_of_a_quadratic():
             return x + self.w
 
     a = torch.tensor([2.0, 1.0, 0.5, 0.1])
-    found = properties.llc(Away(), data, lambda out, _: (a * out**2).sum(1).mean() / 2, draws=1500)
+    found = properties.llc(Away(), data, lambda out, _: (a * out**2).sum(1).mean() / 2, draws=3000)
     nbeta = n / np.log(n)
     h = a.numpy() * nbeta + gamma
     expected = (0.5 * a.numpy() * nbeta / (h * (1 - step * h / h.max() / 4))).sum()
@@ -416,3 +416,12 @@ def test_llc_of_a_quadratic():
     assert abs(found[""] - expected) < 4 * found["se"]
     assert 0.9 < found["acceptance"] < 1
     assert found["rhat"] < 1.1
+    assert 0 < found["step_bias"] < step / 4 * found[""]
+
+
+def test_an_llc_that_is_not_to_be_trusted_can_be_a_failure():
+    data, model = (torch.randn(50, 3), torch.randint(0, 2, (50,))), nn.Linear(3, 2)  # at no minimum
+    given = {"draws": 20, "burn_in": 10}
+    assert properties.llc(model, data, functional.cross_entropy, **given)["trusted"] == 0
+    with pytest.raises(MeasurementError, match="llc: -?[0-9.]+ is not to be trusted: "):
+        properties.llc(model, data, functional.cross_entropy, strict=True, **given)
