@@ -22,16 +22,14 @@ from datamodels.executors.share import Judge, Share
 from datamodels.executors.watch import Watch, failures, lacking, undone
 from datamodels.row_filter import select
 from datamodels.running import snapshot
+from datamodels.store import Store
 from datamodels.store.claims import run_record
 from datamodels.store.keys import opened
 from datamodels.worker import GAVE_UP, MISCONFIGURED, POOL_VARIABLE
 from datamodels.worker import SECTIONS as WORKER
 
 _ONE_ROW = ("index", "do_if_complete", "dry_run", "smoke")  # options of the worker that make no sense for many
-_NOT_HERE = {
-    **dict.fromkeys(_ONE_ROW, "a pool runs all rows; use python -m datamodels.worker for one"),
-    "rows": "the pool must know them too; say --pool.rows",
-}
+_NOT_HERE = dict.fromkeys(_ONE_ROW, "a pool runs all rows; use python -m datamodels.worker for one")
 SECTIONS = {
     "pool": {
         "workers": Option(int, "copies of the worker; 0 means one per core, or per GPU", default=0, min=0),
@@ -194,10 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _refuse(f"worker.{name}", f"environment variable {variable}")
     _refuse_other_engines(args)
     with opened(args["worker.logdir"], args["worker.keys"]) as store:
-        rows: np.ndarray | None = None
-        if args.given("pool.rows"):
-            rows = select(store.design, args["pool.rows"], where=f"--pool.rows ({args.where('pool.rows')})")
-        share = Share(store, store.within(rows))
+        share = Share(store, store.within(_rows(args, store)))
         if bool(share.completed().all()):
             print(_full(share))
             return 0
@@ -214,6 +209,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code == 0:
             print(_full(share))
         return code
+
+
+def _rows(args: cli.Arguments, store: Store) -> np.ndarray | None:
+    """Which rows are meant, by the pool's option or the worker's; None is all."""
+    given = {key: args[key] for key in ("pool.rows", "worker.rows") if args.given(key)}
+    masks = [select(store.design, words, where=f"--{key} ({args.where(key)})") for key, words in given.items()]
+    if any(not np.array_equal(mask, masks[0]) for mask in masks):
+        said = " and ".join(f"--{key}={','.join(words)}" for key, words in given.items())
+        raise ConfigError(f"{said} are not the same rows; the pool passes its own on to the workers, so leave one out")
+    return masks[0] if masks else None
 
 
 def _full(share: Share) -> str:
@@ -306,7 +311,7 @@ def _for_worker(args: cli.Arguments) -> list[str]:
         for name, value in args.section("worker").items()
         if args.given(f"worker.{name}") and value is not None
     ]
-    if args.given("pool.rows"):
+    if args.given("pool.rows") and not args.given("worker.rows"):
         options.append(f"--worker.rows={','.join(args['pool.rows'])}")
     return [*options, *args.rest]
 

@@ -133,6 +133,20 @@ def test_a_mistake_is_refused_at_the_start(tmp_path, argv, message):
     assert not any(job.attempts)
 
 
+@pytest.mark.parametrize("more", [(), ("--pool.rows=1,3",), ("--pool.rows=3,1-1",)])
+def test_the_rows_of_the_worker_are_those_of_the_pool(tmp_path, more):
+    job = Pool(tmp_path, plain(5), WORKS % 0)
+    code, out, err = job.run("--worker.rows=1,3", *more)
+    assert code == 0 and "all 2 rows asked for are complete" in out, err
+    assert job.completed == [False, True, False, True, False]
+
+
+def test_rows_of_pool_and_worker_that_contradict_each_other(tmp_path):
+    job = Pool(tmp_path, plain(5), WORKS % 0)
+    code, _, err = job.run("--worker.rows=1,3", "--pool.rows=1")
+    assert code == 2 and "--pool.rows=1 and --worker.rows=1,3 are not the same rows" in err and not job.calls()
+
+
 def test_a_module_that_does_not_import_is_shown_once(tmp_path):
     job = Pool(tmp_path, plain(2), "import nothing_of_this_name")
     code, out, err = job.run()
