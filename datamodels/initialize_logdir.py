@@ -61,19 +61,29 @@ def expanded(path: Path) -> Spec:
         raise SpecError(f"{path}: {error}") from None
 
 
-def _measured(raw: Mapping[str, Any], asked: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+def _measured(raw: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """Entries of the schema for what is to be measured, without those that the spec has itself."""
     from datamodels.measurements import library  # late: what has no measurements need not load it
 
-    blocks = raw.get("design") or []
-    per_row = any("dataset" in block.get("choices", {}) for block in blocks if isinstance(block, dict))
-    on = asked.get("on")
-    if per_row and library.places(asked["names"], on):
+    blocks = [block.get("choices", {}) for block in raw.get("design") or [] if isinstance(block, dict)]
+    levels = [choices["dataset"] for choices in blocks if isinstance(choices, dict) and "dataset" in choices]
+    names, on = asked["names"], asked.get("on")
+    if levels and library.places(names, on):
         raise SpecError(
             "measurements: the design has a factor `dataset`, so each row has its own data set; leave out that "
             "factor, or `on` and what stands behind an @"
         )
-    schema = library.schema(asked["names"], on)
+    schema = library.schema(names, on, asked.get("samples", 0))
+    if levels and all(isinstance(some, list) for some in levels):
+        counts = {len(library.split_pair(str(level))) for some in levels for level in some}
+        for each in library.resolve(names):
+            needed = each.measurement.num_datasets
+            if needed and needed not in counts:
+                form = "a pair of data sets, as in digits->noisy" if needed == 2 else "one data set, and no pair"
+                raise SpecError(
+                    f"measurements: {each.stem} needs {form}, and no level of the design's factor `dataset` is one, so "
+                    f"it would fail in every row; add one, or measure something else"
+                )
     own = raw.get("schema", {})
     return {key: entry for key, entry in schema.items() if key not in own}
 

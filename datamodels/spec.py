@@ -321,7 +321,7 @@ def _show(value: Any, limit: int = 80) -> str:
 
 
 _TOP = ("format", "num_models", "schema", "measurements", "design")
-_MEASUREMENTS = ("names", "on")
+_MEASUREMENTS = ("names", "on", "samples")
 _ENTRY = ("shape", "dtype", "role", "required", "allow_nonfinite")
 
 
@@ -331,14 +331,15 @@ class Spec:
 
     `num_models` is None only until `datamodels.design.resolve` has counted the design's rows. `design` is the
     list of blocks as in the JSON, or None; `datamodels.design` gives it meaning. `measurements` is {"names": [...],
-    "on": [...]}, what `main` is to measure and on which data sets, or None; `datamodels.measurements.library` gives it
-    meaning, and keys of the schema when the store is made. Raises `SpecError`.
+    "on": [...], "samples": int}, what `main` is to measure, on which data sets, and of how many examples of each it is
+    to keep ids, labels and predictions, or None; `datamodels.measurements.library` gives it meaning, and keys of the
+    schema when the store is made. Raises `SpecError`.
     """
 
     num_models: int | None
     schema: Mapping[str, Field]
     design: tuple[Mapping[str, Any], ...] | None = None
-    measurements: Mapping[str, tuple[str, ...]] | None = None
+    measurements: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.num_models is None:
@@ -427,7 +428,9 @@ class Spec:
             "schema": {key: field.to_json() for key, field in self.schema.items()},
         }
         if self.measurements is not None:
-            out["measurements"] = {name: list(words) for name, words in self.measurements.items()}
+            out["measurements"] = {
+                name: list(given) if isinstance(given, tuple) else given for name, given in self.measurements.items()
+            }
         if self.design is not None:
             out["design"] = [dict(block) for block in self.design]
         return out
@@ -437,22 +440,31 @@ class Spec:
         return replace(self, num_models=num_models, design=None if design is None else tuple(design))
 
 
-def measurements_of(raw: Mapping[str, Any]) -> dict[str, tuple[str, ...]] | None:
-    """The `measurements` of a parsed spec, {"names": (...), "on": (...)}, or None where it has none. `SpecError`."""
+def measurements_of(raw: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `measurements` of a parsed spec, {"names": (...), "on": (...), "samples": int}, or None where it has none.
+
+    The last two where they are given. `SpecError`."""
     if "measurements" not in raw:
         return None
-    given, form = raw["measurements"], '{"names": ["default", ...], "on": ["digits/test", ...]}'
+    given, form = raw["measurements"], '{"names": ["default", ...], "on": ["digits/test", ...], "samples": 5}'
     if not isinstance(given, dict):
         raise SpecError(f"measurements: expected {form}, got {_show(given)}")
     _refuse_unknown(given, _MEASUREMENTS, "measurements, ")
     if "names" not in given:
         raise SpecError(f"measurements: names is missing; expected {form}")
+    found: dict[str, Any] = {}
     for name, words in given.items():
+        if name == "samples":
+            if type(words) is not int or words < 1:
+                raise SpecError(f"measurements, samples: expected an int >= 1, got {_show(words)}; as in {form}")
+            found[name] = words
+            continue
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
             raise SpecError(f"measurements, {name}: expected a list of names, got {_show(words)}; as in {form}")
         if len(set(words)) < len(words):
             raise SpecError(f"measurements, {name}: a name stands there twice: {_show(words)}")
-    return {name: tuple(words) for name, words in given.items()}
+        found[name] = tuple(words)
+    return found
 
 
 def _refuse_unknown(raw: Mapping[str, Any], known: Sequence[str], where: str) -> None:

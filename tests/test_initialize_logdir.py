@@ -102,6 +102,18 @@ def test_measurements_become_keys_of_the_schema(tmp_path, initialise):
         assert {"seconds_log_me", "seconds_inference"} <= set(store.spec.schema)
 
 
+def test_one_level_that_is_a_pair_is_enough_for_what_compares_two(tmp_path, initialise):
+    spec = {
+        "measurements": {"names": ["accuracy", "accuracy_drop"], "samples": 3},
+        "design": [{"seed": 0, "choices": {"dataset": ["a"]}}, {"seed": 1, "choices": {"dataset": ["a->b"]}}],
+    }
+    assert initialise(*ARGV, spec=spec)[0] == 0
+    with Store.open(tmp_path / "store") as store:
+        assert store.spec.measurements == {"names": ("accuracy", "accuracy_drop"), "samples": 3}
+        field = store.spec.schema["sample_ids"]
+        assert (field.shape, field.dtype, field.required, field.role) == ((3,), "int64", False, None)
+
+
 @pytest.mark.parametrize(
     ("measurements", "choices", "why"),
     [
@@ -111,6 +123,11 @@ def test_measurements_become_keys_of_the_schema(tmp_path, initialise):
         ({"names": "log_me"}, {"dataset": ["a"]}, "measurements, names: expected a list of names, got 'log_me'"),
         ({"names": ["log_me", "log_me"]}, {"dataset": ["a"]}, "a name stands there twice"),
         ({"on": ["a/test"]}, {"model": ["a"]}, "measurements: names is missing"),
+        ({"names": ["accuracy_drop"]}, {"dataset": ["a", "b"]}, "accuracy_drop needs a pair of data sets, as in"),
+        ({"names": ["accuracy"]}, {"dataset": ["a->b"]}, "accuracy needs one data set, and no pair"),
+        ({"names": ["log_me"], "samples": 0}, {"dataset": ["a"]}, "measurements, samples: expected an int >= 1, got 0"),
+        ({"names": ["log_me"], "samples": [5]}, {"dataset": ["a"]}, "expected an int >= 1, got [5]"),
+        ({"names": ["log_me?as=sample_ids"], "samples": 5}, {"dataset": ["a"]}, "'sample_ids' is filled by `samples`"),
         ({"names": ["log_me"], "over": ["a"]}, {"model": ["a"]}, "unknown key 'over'"),
         (["log_me"], {"model": ["a"]}, 'measurements: expected {"names"'),
     ],

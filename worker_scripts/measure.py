@@ -4,6 +4,10 @@
     python -m datamodels.pool --worker.logdir=out/scan --worker.main_import=worker_scripts.measure
     python -m datamodels.store export out/scan --table scan.parquet
 
+The spec says `"measurements": {"names": ["default"], "samples": 5}`: names of `datamodels.measurements.library`, `"on"`
+which data sets, where no factor says so, and of how many examples of each data set `sample_ids`, `sample_labels` and
+`sample_predictions` are kept.
+
 Factors, each optional: `model`, `checkpoint` (a file, for a torch module), `dataset`, `split`, `n_samples` (drawn from
 the split, classes in proportion; 0: all), `sample_seed` (what draws them), `labels` (the classes kept, as "0,3"),
 `keep_size` (how many examples of the split n_samples are drawn from). Models and data sets are named as in
@@ -36,7 +40,7 @@ from datamodels.store import Store
 
 ALL_FACTORS_ARE_TAKEN = True  # by main: another one is a mistake, as the worker says
 SMOKE_BATCHES = 3
-SAMPLES = ("sample_ids", "sample_labels", "sample_predictions")
+SAMPLES = library.SAMPLES
 _CHECKPOINTS = ("*.pt", "*.pth", "*.pth.tar")
 
 
@@ -61,7 +65,12 @@ Section("measure", "what is measured where; the design's factors beat these").pa
     reference=Param(str, "a second model, to which agreement compares the first"),
     models=Param(Names(), "short names for models: {small: torch:my.module.make?width=8}", default={}),
     data=Param(Names(), "short names for data sets: {packages: csv:a.csv?text=body&label=topic}", default={}),
-    samples=Param(And(int, InRange(min=0)), "examples of which sample_ids, _labels, _predictions are kept", default=0),
+    samples=Param(
+        And(int, InRange(min=0)),
+        "examples of which sample_ids, _labels, _predictions are kept, where the schema has these keys and the spec's "
+        "measurements do not say `samples`",
+        default=0,
+    ),
     batch_size=Param(And(int, InRange(min=1)), "examples in a forward pass", default=64),
     data_examples=Param(
         And(int, InRange(min=2)), "examples that sharpness, llc and adversarial hold in memory, at most", default=1000
@@ -77,7 +86,7 @@ Section("measure", "what is measured where; the design's factors beat these").pa
 def main(
     *,
     keys: Sequence[str],
-    measurements: Mapping[str, Sequence[str]],
+    measurements: Mapping[str, Any],
     seed: int,
     model: str | None = None,
     checkpoint: str | None = None,
@@ -121,7 +130,7 @@ def main(
     for name in filter(None, (row.model, row.reference)):
         _backbone(name, kind, *_settings())
     found = library.measure(row.names, views, on=row.on, keys=keys)
-    found |= _samples(row, views, keys, config["measure.samples"])
+    found |= _samples(row, views, keys, _count(row, measurements, keys))
     if not found:
         raise ConfigError(
             f"nothing that is measured fills {', '.join(keys)}; name what does, as in --measure.names=accuracy"
@@ -131,7 +140,7 @@ def main(
 
 def describe_row(
     *,
-    measurements: Mapping[str, Sequence[str]],
+    measurements: Mapping[str, Any],
     model: str | None = None,
     checkpoint: str | None = None,
     dataset: str | None = None,
@@ -165,7 +174,7 @@ class Row:
     @classmethod
     def of(
         cls,
-        measurements: Mapping[str, Sequence[str]],
+        measurements: Mapping[str, Any],
         *,
         model: str | None,
         checkpoint: str | None,
@@ -254,6 +263,20 @@ class Each(Mapping[str, Any]):
         return len(self._places)
 
 
+def _count(row: Row, measurements: Mapping[str, Any], keys: Sequence[str]) -> int:
+    """Of how many examples samples are kept. Raises ConfigError where they are asked for and no key can hold them."""
+    option, count = int(get_current_config()["measure.samples"]), int(measurements.get("samples", 0))
+    if option and count and option != count:
+        raise ConfigError(f"--measure.samples={option}: the store was made for samples of {count}; leave it out")
+    unkept = option and not any(key.endswith(SAMPLES) for key in keys)
+    if unkept and set(library.schema(row.names, row.on)) <= set(keys):  # the row whole, not some keys of it
+        raise ConfigError(
+            f"--measure.samples={option}: the store has no key {SAMPLES[0]} that would hold them; make one whose spec "
+            f'says "measurements": {{"names": [...], "samples": {option}}}, or leave it out'
+        )
+    return option or count
+
+
 def _samples(row: Row, views: Mapping[str, View], keys: Sequence[str], count: int) -> dict[str, Any]:
     """Ids, labels and predicted classes of the first `count` examples of each data set, where such keys are asked."""
     found: dict[str, Any] = {}
@@ -263,7 +286,7 @@ def _samples(row: Row, views: Mapping[str, View], keys: Sequence[str], count: in
         for key in wanted:
             try:
                 found[prefix + key] = _sample(views[place], key, count)
-            except Exception as error:
+            except library.FAILURES as error:
                 found[prefix + key] = error
     return found
 
@@ -271,8 +294,8 @@ def _samples(row: Row, views: Mapping[str, View], keys: Sequence[str], count: in
 def _sample(view: View, key: str, count: int) -> np.ndarray:
     if not 0 < count <= len(view.examples):
         raise MeasurementError(
-            f"{key}: expected measure.samples of 1 to {len(view.examples)}, the examples there are, got {count}; it is "
-            f"the length that the key has in the schema"
+            f"{key}: expected measure.samples, or `samples` in the spec, of 1 to {len(view.examples)}, the examples "
+            f"there are, got {count}; it is the length that the key has in the schema"
         )
     values = {"sample_ids": lambda: view.examples.ids, "sample_labels": lambda: view.examples.labels}
     values["sample_predictions"] = lambda: view["logits"].argmax(1)

@@ -48,6 +48,8 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         "seed": "int that all randomness of the measurement comes from",
     }
 )
+FAILURES = (Exception, SystemExit)  # what a measurement may end in; a worker's own ends, as at a timeout, are neither
+SAMPLES = ("sample_ids", "sample_labels", "sample_predictions")  # of the first examples of a data set
 _WITHOUT_DATA = ("model", "checkpoint", "seed")
 _OF_A_PASS = ("features", "logits")
 _PREFIXES = ("other_", "reference_")
@@ -406,12 +408,14 @@ def split_pair(entry: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in entry.split("->"))
 
 
-def schema(names: Iterable[str], on: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+def schema(names: Iterable[str], on: Sequence[str] | None = None, samples: int = 0) -> dict[str, dict[str, Any]]:
     """The entries that `measure` of the same names needs in a store's schema: {key: {shape, dtype, role, …}}.
 
     All float64 and optional; a failed one is NaN there. `seconds_<name>` beside each, and `seconds_inference` for each
-    data set that the model is asked about as a whole. Raises MeasurementError.
+    data set that the model is asked about as a whole. With `samples`, the int64 keys of SAMPLES for as many examples of
+    each data set. Raises MeasurementError.
     """
+    names = list(names)
     entries: dict[str, dict[str, Any]] = {}
     plain = {"shape": [], "dtype": "float64", "required": False, "allow_nonfinite": True}
     for cell in plan(names, on):
@@ -419,6 +423,14 @@ def schema(names: Iterable[str], on: Sequence[str] | None = None) -> dict[str, d
             entries[key] = {**plain, "shape": list(shape), "role": cell.asked.measurement.role}
         for key in filter(None, (cell.seconds, cell.inference)):
             entries[key] = dict(plain)
+    listed = places(names, on)
+    singles = [""] if listed is None else [place(one)[0] for entry in listed for one in split_pair(entry)]
+    for key in [prefix + key for prefix in dict.fromkeys(singles) for key in SAMPLES] if samples else ():
+        if key in entries:
+            raise MeasurementError(
+                f"measurements: {key!r} is filled by `samples` too; give the measurement another name"
+            )
+        entries[key] = {"shape": [samples], "dtype": "int64", "required": False}
     return entries
 
 
@@ -441,8 +453,8 @@ def measure(
         or two to be compared, first and other.
     keys : measure only what fills one of these, and return only these; by default everything.
 
-    A failure is a value, has no time, and stops nothing else; so are an unmet need, a shape that was not declared, and
-    a result that is not finite unless declared. Raises MeasurementError only for `names` and `on` themselves.
+    A failure is a value, of the time too, and stops nothing else; so are an unmet need, a shape that was not declared,
+    and a result that is not finite unless declared. Raises MeasurementError only for `names` and `on` themselves.
     """
     wanted = None if keys is None else set(keys)
     results: dict[str, Any] = {}
@@ -460,21 +472,21 @@ def measure(
             except KeyError:
                 if wanted is not None:
                     results[key] = Unmet(f"{key}: nobody timed a forward pass of {', '.join(datasets) or 'this model'}")
-            except Exception as error:
+            except FAILURES as error:
                 results[key] = error
     return {key: value for key, value in results.items() if wanted is None or key in wanted}
 
 
 def _measure(cell: Cell, datasets: tuple[str, ...], views: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The values of a cell's keys and its time; where anything goes wrong the exception under each key, and no time."""
+    """The values of a cell's keys and its time; where anything goes wrong the exception in place of each."""
     try:
         arguments = _arguments(cell, datasets, views)
         started = time.perf_counter()
         value = cell.asked.measurement.function(**arguments, **cell.asked.options)
         seconds = time.perf_counter() - started
         return {**_checked(cell, value), cell.seconds: np.float64(seconds)}
-    except Exception as error:
-        return dict.fromkeys(cell.keys, error)
+    except FAILURES as error:
+        return dict.fromkeys((*cell.keys, cell.seconds), error)  # so that who tries it again is told to ask for both
 
 
 def _arguments(cell: Cell, datasets: tuple[str, ...], views: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from datamodels import cli
 from datamodels.cli import Arguments, Option, Verb
 from datamodels.errors import ConfigError, RowError, json_mistake
+from datamodels.measurements import library
 from datamodels.spec import ROLES, Field
 from datamodels.store import Failure, Store, screens
 from datamodels.store.check import verify
@@ -246,9 +248,23 @@ def add(args: Arguments) -> int:
         f"{path}: {name}.npy, {field.dtype} {[change.after.num_models, *shape]}, {size / 1e6:,.1f} MB; no row has it "
         f"yet"
     )
-    print(f"python -m datamodels.worker --worker.keys={name} … fills it in, of rows that are complete")
+    print(f"python -m datamodels.worker --worker.keys={name}{_measuring(change, name)}")
     _tell_living(path, change, "do not know of it")
     return 0
+
+
+def _measuring(change: Change, key: str) -> str:
+    """The rest of the command that fills a key in: where a spec says what is measured, nobody else says how this is."""
+    asked, rest = change.after.measurements, " … fills it in, of rows that are complete"
+    if asked is None:
+        return rest
+    for entry in library.places(asked["names"], asked.get("on")) or ():
+        prefix = library.place(entry)[0]
+        if key.startswith(prefix):
+            key = f"{key.removeprefix(prefix)}@{entry}"
+            break
+    option = shlex.quote(f"--measure.names={key}")
+    return f" {option}{rest}; --measure.names is the measurement that makes it, where that has another name"
 
 
 def _tell_living(path: str, change: Change, what: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from datamodels.errors import MeasurementError
 from datamodels.measurements import library
 from datamodels.measurements.library import Measurement, Unmet, measure, measurement, schema
+from datamodels.running.ends import JobTimeout, Stopped
 from datamodels.spec import Spec
 
 LOGITS = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 4.0]])
@@ -45,6 +46,10 @@ def wrong_shape(labels):
 
 def unknown(weights):
     return 1.0
+
+leaves_by = SystemExit(2)
+def leaves(labels):
+    raise leaves_by
 
 def wishes(labels, groups=None):
     return -1.0 if groups is None else float(len(groups))
@@ -247,11 +252,20 @@ def test_values_times_and_a_users_function():
     assert all(np.asarray(value).dtype == np.float64 for value in found.values())
 
 
+def test_what_leaves_is_a_failure_and_what_ends_the_worker_is_not(monkeypatch):
+    found = measure(["users_own.leaves", "accuracy"], view())
+    assert isinstance(found["leaves"], SystemExit) and found["accuracy"] == 0.75
+    for ends in (JobTimeout("late"), Stopped(15), KeyboardInterrupt()):
+        monkeypatch.setattr(sys.modules["users_own"], "leaves_by", ends)
+        with pytest.raises(type(ends)):
+            measure(["users_own.leaves", "accuracy"], view())
+
+
 def test_a_failure_is_the_value_of_its_keys_alone():
     names = ["users_own.broken", "users_own.nan", "users_own.infinite", "users_own.wrong_shape", "accuracy"]
     found = measure([*names, "group_accuracy"], view())
     assert isinstance(found["broken"], ZeroDivisionError)
-    assert "seconds_broken" not in found and "seconds_accuracy" in found
+    assert found["seconds_broken"] is found["broken"] and found["seconds_accuracy"] >= 0
     for key in ("nan", "infinite"):
         assert isinstance(found[key], MeasurementError)
         assert "not finite" in str(found[key])

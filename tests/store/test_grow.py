@@ -230,13 +230,30 @@ CHANGES = {  # what of the spec each is to change
 }
 
 
+@pytest.mark.parametrize(
+    ("measured", "key", "option"),
+    [
+        (None, "accuracy", ""),
+        ({"names": ["leep"]}, "accuracy", " --measure.names=accuracy"),
+        ({"names": ["leep"], "on": ["a/test"]}, "a_test_accuracy", " --measure.names=accuracy@a/test"),
+        ({"names": ["drop@a/x->b/x"]}, "a_x_to_b_x_accuracy_drop", " '--measure.names=accuracy_drop@a/x->b/x'"),
+    ],
+)
+def test_the_command_that_fills_a_key_in_says_what_to_measure(tmp_path, capsys, measured, key, option):
+    spec = {"num_models": 2, "schema": {"y": {"shape": [], "dtype": "int8"}}}
+    Store.create(tmp_path / "s", spec | ({"measurements": measured} if measured else {}), sync=False).close()
+    assert command.main(["add-key", str(tmp_path / "s"), key, "--dtype=float64"]) == 0
+    line = f"python -m datamodels.worker --worker.keys={key}{option} … fills it in, of rows that are complete"
+    assert line in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", CHANGES)
 def test_everything_else_of_the_spec_stays(tmp_path, kind):
     whole = {
         "num_models": 9,
         "schema": {"y": {"shape": [], "dtype": "int8"}},
         "design": [{"count": 9, "sampler": None, "seed": 1}],
-        "measurements": {"names": ["leep", "logme"], "on": ["digits/test"]},
+        "measurements": {"names": ["leep", "logme"], "on": ["digits/test"], "samples": 5},
     }
     assert whole.keys() == {field.name for field in fields(Spec)}, "give the new field a value"
     if kind == "rows":

@@ -330,6 +330,7 @@ def test_rows_that_disagree_are_named_and_nothing_is_written(two, tmp_path):
         (lambda s: s["design"][1].update(alpha=0.25), "design[1], alpha: 0.25 and 0.5"),
         (lambda s: s["design"].append({"sampler": None, "count": 3, "seed": 5}), "num_models: 13 and 10"),
         (lambda s: s.update(measurements={"names": ["leep"]}), 'measurements: {{"names": ["leep"]}} and null'),
+        (lambda s: s.update(measurements={"names": ["leep"], "samples": 5}), '"samples": 5}} and null'),
     ],
 )
 def test_specs_that_differ(tmp_path, change, said):

@@ -14,6 +14,7 @@ from torch import nn
 
 from datamodels import worker
 from datamodels.errors import ConfigError, DatamodelsError, MeasurementError
+from datamodels.executors.share import Share
 from datamodels.initialize_logdir import initialize
 from datamodels.learning import checkpoints
 from datamodels.measurements import datasets, library
@@ -214,7 +215,73 @@ def test_samples_are_kept():
     assert (found["sample_predictions"] == logits.argmax(1).numpy()).all()
     assert (on["digits_test_sample_labels"] == whole.labels[:5]).all()
     found = run(["accuracy"], dataset="digits", keys=("sample_ids", "accuracy"))
-    assert "expected measure.samples of 1 to 797" in str(found["sample_ids"]) and found["accuracy"] > 0.8
+    assert "`samples` in the spec, of 1 to 797, the examples there are, got 0" in str(found["sample_ids"])
+    assert found["accuracy"] > 0.8
+
+
+def test_samples_are_kept_where_the_spec_says_so(tmp_path, monkeypatch):
+    """For each data set, in keys that the store is made with; a store without them refuses the option."""
+    on = [f"{UPRIGHT}/test", f"{UPRIGHT}/test->{TURNED}/test"]
+    asked = {"names": ["num_params", "accuracy"], "samples": 5}
+    monkeypatch.setattr(sys, "argv", ["worker.py"])
+    for name, more, design in (("both", {"on": on}, {}), ("own", {}, {"dataset": ["digits"]})):
+        spec = {"measurements": {**asked, **more}, "design": [{"seed": 0, "choices": {"model": [NET], **design}}]}
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        initialize(tmp_path / name, tmp_path / "spec.json")
+        argv = [f"--worker.logdir={tmp_path / name}", "--worker.main_import=worker_scripts.measure"]
+        assert worker.main(argv) == 0
+        again = [*argv, "--worker.index=0", "--worker.do_if_complete", "--measure.samples=4"]
+        with configured(), pytest.raises(ConfigError, match="--measure.samples=4: the store was made for samples of 5"):
+            worker.main(again)
+    whole, net = datasets.load("digits", "test"), digit_models.pretrained(8, epochs=3)
+    with Store.open(tmp_path / "both") as both, Store.open(tmp_path / "own") as own:
+        ids = own.rows("sample_ids").tolist()
+        assert ids == both.rows("upright_test_sample_ids").tolist() == [whole.ids[:5].tolist()]
+        assert own.rows("sample_labels").tolist() == [whole.labels[:5].tolist()]
+        with torch.no_grad():
+            predicted = net(torch.from_numpy(whole.inputs[:5])).argmax(1)
+        assert own.rows("sample_predictions").tolist() == [predicted.tolist()]
+        assert both.rows("turned_test_sample_labels").dtype == np.int64
+        assert [key for key in both.spec.schema if "sample" in key] == [
+            f"{where}_test_{key}" for where in ("upright", "turned") for key in measure.SAMPLES
+        ]
+    with configured(samples=5), pytest.raises(ConfigError, match='"samples": 5'):
+        run(["num_params"], dataset="digits")
+
+
+def test_a_model_that_leaves_is_a_failure_of_what_asks_it(monkeypatch):
+    def leaves(self, batch):
+        raise SystemExit(3)
+
+    monkeypatch.setattr(Module, "both", leaves)
+    with configured(samples=5):
+        keys = ("num_params", "accuracy", "seconds_accuracy", "seconds_inference", "sample_predictions")
+        found = run(["num_params", "accuracy"], dataset="digits", keys=keys)
+    assert found.pop("num_params") == 610 and len(found) == 4
+    assert all(isinstance(value, SystemExit) for value in found.values())
+
+
+def test_a_measurement_that_is_tried_again_has_its_time_too(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mending.py").write_text("mended = False\ndef broken(labels): return 7 if mended else 1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["worker.py"])
+    spec = {"measurements": {"names": ["mending.broken", "num_params"]}, "num_models": 1}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    initialize(tmp_path / "store", tmp_path / "spec.json")
+    argv = [f"--worker.logdir={tmp_path}/store", "--worker.main_import=worker_scripts.measure", "--worker.retries=9"]
+    argv += [f"--measure.model={NET}", "--measure.dataset=digits"]
+    with configured():
+        assert worker.main(argv) == 0
+        with Store.open(tmp_path / "store") as store:
+            failed = list(Share(store).failed_keys())
+        assert failed == ["broken", "seconds_broken"]
+        again = [*argv, f"--worker.keys={','.join(failed)}"]
+        assert worker.main([*again, "--worker.index=0", "--worker.retries=0"]) == 1
+        assert "attempt 2 failed: broken: ZeroDivisionError" in capsys.readouterr().err
+        sys.modules["mending"].mended = True
+        assert worker.main(again) == 0
+    with Store.open(tmp_path / "store") as store:
+        assert store.rows("broken").tolist() == [7] and 0 <= store.rows("seconds_broken")[0] < 1
 
 
 def test_predictions_of_a_model_that_gives_no_numbers_are_none(monkeypatch):
