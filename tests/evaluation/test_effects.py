@@ -1,5 +1,6 @@
 """Effects of properties on benefits: what is planted is found, what is not is not, and what is missing is named."""
 
+import importlib
 import json
 
 import numpy as np
@@ -10,6 +11,8 @@ from datamodels.errors import DatamodelsError, StoreError
 from datamodels.evaluation import effects
 from datamodels.evaluation.effects import __main__ as command
 from datamodels.store import Store
+
+inner = importlib.import_module("datamodels.evaluation.effects.estimate")  # in the package the function has its name
 
 
 def planted(n=150, seed=0):
@@ -24,18 +27,106 @@ def planted(n=150, seed=0):
 
 
 def test_what_was_planted_is_found_and_nothing_else():
-    x, y, z = planted()
+    x, y, z = planted(seed=1)
     found = effects.estimate(x, y, draws=60)
     assert np.argwhere(found.clear).tolist() == [[0, 0], [1, 1], [2, 1]]
     assert found.value[0, 0] > 0 > found.value[1, 1] and found.value[2, 1] > 0
-    # near orthogonal columns: the lasso's weight is that of least squares, less the shrinkage
-    least_squares = np.linalg.lstsq(z, (y - y.mean(0)) / y.std(0), rcond=None)[0]
-    shrunk = (np.abs(least_squares) - np.abs(found.value))[found.clear]
-    assert shrunk.min() > 0 and shrunk.max() < 0.2
-    assert (np.sign(found.value) == np.sign(least_squares))[found.clear].all()
-    assert (found.low <= found.value + 0.02).all() and (found.value - 0.02 <= found.high).all()
+    for t in range(3):  # of the columns that are chosen it is least squares, and so not shrunk
+        chosen = found.value[:, t] != 0
+        exact = np.linalg.lstsq(z[:, chosen], (y[:, t] - y[:, t].mean()) / y[:, t].std(), rcond=None)[0]
+        np.testing.assert_allclose(found.value[chosen, t], exact, rtol=1e-9)
+    np.testing.assert_allclose((found.low + found.high) / 2, found.value, atol=1e-12)
     assert found.r2[1] > 0.85 and found.r2[2] < 0.05 and abs(found.r2[0] - 0.5) < 0.12
     assert (found.chosen[[0, 2], [0, 1]] == 1).all() and found.models == found.groups == 150
+
+
+def test_a_whole_estimate_of_given_resamples_by_hand(monkeypatch):
+    """Two columns that every fit chooses: least squares alone says what value, interval and R2 are."""
+    from scipy.stats import t
+
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(60, 2)) * [1, 1000]
+    y = x @ [[1, 0], [2e-3, -1e-3]] + [0, 0.3] * rng.normal(size=(60, 2)) + 0.2 * x[:, :1]
+    rows = rng.integers(60, size=(25, 60))
+    left = [np.setdiff1d(np.arange(60), drawn) for drawn in rows]
+    monkeypatch.setattr(inner, "_resamples", lambda members, draws, generator: zip(rows, left, strict=True))
+    found = effects.estimate(x, y, draws=25)
+
+    def fit(x, y):  # in standard deviations of these models, and the function that predicts
+        full = np.c_[np.ones(len(x)), x]
+        weight = np.linalg.lstsq(full, y, rcond=None)[0]
+        return weight[1:] * x.std(0)[:, None] / y.std(0), lambda x: np.c_[np.ones(len(x)), x] @ weight
+
+    value = fit(x, y)[0]
+    np.testing.assert_allclose(found.value, value, rtol=1e-6)
+    weights = np.array([fit(x[drawn], y[drawn])[0] for drawn in rows])
+    noise = ((y - fit(x, y)[1](x)) ** 2).mean(0) / y.var(0)
+    reach = t.ppf(0.975, 57) * np.maximum(weights.std(0), np.sqrt(noise / 57))
+    np.testing.assert_allclose(found.high - value, reach, rtol=1e-4)
+    np.testing.assert_allclose(value - found.low, reach, rtol=1e-4)
+    errors, seen = np.zeros((60, 2)), np.zeros(60)
+    for drawn, out in zip(rows, left, strict=True):
+        errors[out] += (fit(x[drawn], y[drawn])[1](x[out]) - y[out]) ** 2
+        seen[out] += 1
+    assert (seen > 0).all()
+    np.testing.assert_allclose(found.r2, 1 - (errors / seen[:, None]).mean(0) / y.var(0), rtol=1e-6)
+
+
+def test_lambdas_and_columns_are_those_of_scikit_learn():
+    from sklearn.linear_model import Lasso, lasso_path
+
+    rng = np.random.default_rng(0)
+    x, groups = rng.normal(size=(60, 8)), np.repeat(np.arange(20), 3)
+    x = (x - x.mean(0)) / x.std(0)
+    y = x[:, :2] @ [[0.6, 0.2], [0.4, 0.1]] + 0.7 * rng.normal(size=(60, 2))
+    y = (y - y.mean(0)) / y.std(0)
+    weight, chosen = inner._fit(x, y, groups, np.random.default_rng(5), repeats=2)
+    shares = inner.LEAST_LAMBDA ** (np.arange(inner.LAMBDAS) / (inner.LAMBDAS - 1))
+    generator, errors = np.random.default_rng(5), np.zeros((inner.LAMBDAS, 2))
+    for _ in range(2):
+        fold_of = (generator.permutation(20) % 5)[groups]
+        for fold in range(5):
+            out = fold_of == fold
+            mean, spread = x[~out].mean(0), x[~out].std(0)
+            z, c = (x - mean) / spread, y - y[~out].mean(0)
+            for t in range(2):
+                top = np.abs(z[~out].T @ c[~out, t]).max() / (~out).sum()
+                coefficients = lasso_path(z[~out], c[~out, t], alphas=top * shares)[1]
+                errors[:, t] += ((c[out, t][:, None] - z[out] @ coefficients) ** 2).sum(0)
+    for t, place in enumerate(errors.argmin(0)):
+        lam = np.abs(x.T @ y[:, t]).max() / 60 * shares[place]
+        truth = Lasso(alpha=lam, tol=1e-10).fit(x, y[:, t]).coef_
+        assert 0 < (truth != 0).sum() < 8 and np.array_equal(chosen[:, t], truth != 0)
+        assert np.array_equal(weight[:, t] != 0, truth != 0)
+
+
+def test_more_columns_than_models_are_not_interpolated():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 60))
+    y = x[:, :1] + 0.5 * rng.normal(size=(30, 1))
+    found = effects.estimate(x, y, draws=20)
+    assert found.clear[0, 0] and found.clear.sum() <= 4 and 0.3 < found.r2[0] < 0.9
+    assert (found.value != 0).sum() <= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("models", "together"), [(40, 0.0), (40, 0.7), (100, 0.0)])
+def test_intervals_hold_what_was_planted(models, together):
+    """Effects of .64 and .43 among five columns (.54 and .36 where they go together), in at least 87 % of 80 cases."""
+    trials, weight, among = 20, np.array([0.6, 0.4, 0, 0, 0]), np.full((5, 5), together)
+    np.fill_diagonal(among, 1)
+    truth = (weight / np.sqrt(weight @ among @ weight + 0.36))[:, None]
+    held, values = [], []
+    for seed in range(trials):
+        rng = np.random.default_rng((seed, models))
+        x = rng.normal(size=(models, 5)) @ np.linalg.cholesky(among).T
+        y = (x @ weight)[:, None] + 0.6 * rng.normal(size=(models, 4))
+        found = effects.estimate(x, y, draws=60, seed=seed)
+        held.append((found.low <= truth) & (truth <= found.high))
+        values.append(found.value.mean(1))
+    assert np.mean(held, axis=(0, 2))[:2].min() >= 0.87 and np.mean(held, axis=(0, 2))[2:].min() >= 0.87
+    off = np.mean(values, axis=0) - truth[:, 0]
+    assert np.abs(off).max() < 0.06, "shrunk"
 
 
 def test_units_do_not_matter_and_spearman_is_scipys():
@@ -50,9 +141,9 @@ def test_units_do_not_matter_and_spearman_is_scipys():
 
 def test_repeats_of_one_choice_are_no_more_models():
     x, y, _ = planted(n=30)
-    alone = effects.estimate(x, y, draws=60)
-    copied = effects.estimate(np.repeat(x, 8, 0), np.repeat(y, 8, 0), groups=np.repeat(np.arange(30), 8), draws=60)
-    naive = effects.estimate(np.repeat(x, 8, 0), np.repeat(y, 8, 0), draws=60)
+    alone = effects.estimate(x, y, draws=40)
+    copied = effects.estimate(np.repeat(x, 8, 0), np.repeat(y, 8, 0), groups=np.repeat(np.arange(30), 8), draws=40)
+    naive = effects.estimate(np.repeat(x, 8, 0), np.repeat(y, 8, 0), draws=40)
     width = [float(np.mean((f.high - f.low)[[0, 1, 2], [0, 1, 1]])) for f in (alone, copied, naive)]
     assert (copied.models, copied.groups) == (240, 30)
     assert 0.7 < width[1] / width[0] < 1.4 and width[2] < 0.6 * width[1]

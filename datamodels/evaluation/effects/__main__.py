@@ -21,7 +21,7 @@ SECTIONS = {
     "effects": {
         "properties": Option(list, "keys or patterns, as in digits_train_*; left out: keys with the role property"),
         "benefits": Option(list, "keys or patterns; left out: keys with the role benefit"),
-        "draws": Option(int, "draws of the bootstrap", default=500, min=20),
+        "draws": Option(int, "draws of the bootstrap", default=200, min=20),
         "seed": Option(int, "their seed, and that of the validation split", default=0, min=0),
         "plot": Option(str, "file to draw, as png, svg or pdf"),
         "json": Option(bool, "print all numbers as JSON", default=False),
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = cli.parse(
         "python -m datamodels.evaluation.effects",
         "Say which property of a model goes with which benefit: the lasso from one to the other over the rows of a "
-        "store, with intervals.",
+        "store, refitted by least squares, with intervals.",
         SECTIONS,
         argv,
         positional=(("store", "a store whose rows are models"),),
