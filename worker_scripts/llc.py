@@ -5,7 +5,8 @@
 
 Factors of the design that it knows: checkpoint, epsilon, gamma, sampler, nbeta, batch_size; each stands above the
 option of its name. So a calibration is a design over epsilon and gamma, and a curve one over checkpoints. A setting in
-which every chain diverges is a row too: NaN, with `step too large` as its verdict.
+which every chain diverges is a row too: NaN, with `step too large` as its verdict. specs/llc.json has all keys that
+there are (`KEYS`; `schema` writes them for other numbers of chains and draws); a spec may have some of them.
 """
 
 from __future__ import annotations
@@ -53,14 +54,16 @@ Section("llc", "the model, its data, and how chains are run around it").params(
     loss=Param(str, "cross_entropy, mse_loss, or a dotted path to a mean loss", default="cross_entropy"),
     parameters=Param(str, "regular expression of the parameters' names that may move; left out: all", default=""),
     sampler=Param(OneOf(SAMPLERS), "how chains move", default="sgld"),
-    epsilon=Param(POSITIVE, "step size", default=1e-5),
+    epsilon=Param(POSITIVE, "step size", default=1e-4),
     gamma=Param(POSITIVE, "localisation around the checkpoint", default=100.0),
     nbeta=Param(POSITIVE, "inverse temperature times n; 0 for n/ln n", default=0.0),
     chains=Param(COUNT, "chains", default=4),
     draws=Param(COUNT, "states of each chain that count", default=200),
-    burn_in=Param(And(int, InRange(min=0)), "steps before them", default=200),
+    burn_in=Param(And(int, InRange(min=0)), "steps before them", default=400),
     thin=Param(COUNT, "steps from one to the next", default=1),
-    batch_size=Param(And(int, InRange(min=0)), "examples for each step's gradient; 0 for all", default=512),
+    batch_size=Param(
+        And(int, InRange(min=0)), "examples for each step's gradient, at most all; 0 for all", default=512
+    ),
     losses=Param(OneOf(LOSSES), "a draw's loss over the step's batch, or over all examples", default="batch"),
     device=Param(OneOf(["auto", "cpu", "cuda"]), "where; auto: on a GPU where there is one", default="auto"),
 )
@@ -71,7 +74,7 @@ KEYS: dict[str, tuple[Callable[[int, int], tuple[int, ...]], str]] = {
         name: (lambda chains, draws: (), "float64")
         for name in (
             *("llc", "llc_se", "llc_std", "wbic", "initial_loss", "nbeta", "rhat", "ess", "acceptance", "share_below"),
-            *("step_bias", "drift_z", "gradient_norm", "pull_norm", "noise_norm", "distance"),
+            *("step_bias", "arrival", "drift_z", "gradient_norm", "pull_norm", "noise_norm", "distance"),
         )
     },
     **{name: (lambda chains, draws: (), "int64") for name in ("n", "num_parameters", "chains_stopped", "step")},
@@ -112,15 +115,16 @@ def main(
     factors = {"epsilon": epsilon, "gamma": gamma, "sampler": sampler, "nbeta": nbeta, "batch_size": batch_size}
     given = {name: config[f"llc.{name}"] if value is None else value for name, value in factors.items()}
     chains, draws = config["llc.chains"], config["llc.draws"]
+    data = _data(*(config[f"llc.{name}"] for name in ("data", "split", "samples", "normalise", "flatten", "device")))
+    batch_size = given["batch_size"] if 0 < given["batch_size"] < len(data[1]) else None
     settings = Settings(
-        **{**given, "nbeta": given["nbeta"] or None, "batch_size": given["batch_size"] or None},
+        **{**given, "nbeta": given["nbeta"] or None, "batch_size": batch_size},
         chains=min(chains, 2) if smoke else chains,
         draws=min(draws, 2) if smoke else draws,
         burn_in=1 if smoke else config["llc.burn_in"],
         thin=1 if smoke else config["llc.thin"],
         losses=config["llc.losses"],
     )
-    data = _data(*(config[f"llc.{name}"] for name in ("data", "split", "samples", "normalise", "flatten", "device")))
     model, step = load(config["llc.model"], checkpoint or config["llc.checkpoint"])
     pattern = re.compile(config["llc.parameters"])
     masks = {name: False for name, _ in model.named_parameters() if not pattern.search(name)}

@@ -232,8 +232,8 @@ class Estimate:
         if self.ess < LEAST_ESS or self.mean < LEAST_Z * self.standard_error:
             return Verdict(
                 "too few draws",
-                f"{self.values.size} draws are worth {self.ess:.0f} independent ones, of a mean of {self.mean:.3g} with "
-                f"a standard error of {self.standard_error:.2g}; {LEAST_ESS}, and a mean of {LEAST_Z:g} errors, are "
+                f"{self.values.size} draws are worth {self.ess:.0f} independent ones, of a mean of {self.mean:.3g} "
+                f"with a standard error of {self.standard_error:.2g}; {LEAST_ESS}, and a mean of {LEAST_Z:g} errors, are "
                 f"needed: raise draws, thin or chains",
             )
         return Verdict(
@@ -319,8 +319,8 @@ def choose(
         return Choice(
             None,
             f"{int(within.sum())} of {len(accepted)} rows accept within [{low:g}, {high:g}], {int(trusted.sum())} are "
-            f"trusted{f' ({others})' * bool(others)}, none is both; acceptance of {'those' if trusted.any() else 'all'} "
-            f"runs from {sure.min():.3f} to {sure.max():.3f}: try epsilons between, or longer chains",
+            f"trusted{f' ({others})' * bool(others)}, none is both; acceptance of "
+            f"{'those' if trusted.any() else 'all'} runs from {sure.min():.3f} to {sure.max():.3f}: try epsilons between, or longer chains",
         )
     least = eligible[pull[eligible] == pull[eligible].min()]
     best = int(least[np.argmax(worth[least])])

@@ -364,7 +364,9 @@ def llc(
     found = chains_of.estimate(model, loss_fn, data, settings, seed=seed)
     trusted = found.verdict.word == chains_of.TRUST
     if strict and not trusted:
-        raise MeasurementError(f"llc: {found.mean:.4g} is not to be trusted: {found.verdict.word}: {found.verdict.reason}")
+        raise MeasurementError(
+            f"llc: {found.mean:.4g} is not to be trusted: {found.verdict.word}: {found.verdict.reason}"
+        )
     columns = found.columns()
     return {
         "": found.mean,

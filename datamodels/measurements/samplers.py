@@ -210,7 +210,8 @@ def sample(
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     found = Chains(
         settings=settings, seed=seed, n=loss.n, nbeta=nbeta, num_parameters=loss.count, initial_loss=initial,
-        resolution=abs(initial) * torch.finfo(loss.dtype).eps, stopped=stopped, at_once=size, one_by_one_because=why, **joined,
+        resolution=abs(initial) * torch.finfo(loss.dtype).eps,
+        stopped=stopped, at_once=size, one_by_one_because=why, **joined,
     )  # fmt: skip
     if not found.running:
         raise Diverged(found)
@@ -483,7 +484,9 @@ def _check(
     parts = (nbeta * epsilon / 2 * metric * g, epsilon / 2 * metric * pull, shake)
     norms = [torch.linalg.vector_norm(part, dim=1).double() for part in parts]
     log_alpha.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # a step to where the loss is not finite
-    moving = loss.count if scale is None else (scale if loss.mask is None else scale * loss.mask).sum(1, dtype=torch.float64)
+    moving = (
+        loss.count if scale is None else (scale if loss.mask is None else scale * loss.mask).sum(1, dtype=torch.float64)
+    )
     arrival = -dot(w - loss.start, metric * b) / moving
     bias = -epsilon / 8 * nbeta * dot(g, metric * b)
     return torch.stack([log_alpha.clamp(max=0).exp(), *norms, bias, arrival])

@@ -124,13 +124,14 @@ def trace(values: np.ndarray, *, interval: tuple[float, float, float], title: st
         value, low, high = interval
         below.axhspan(low, high, color=HELPS, alpha=0.15, linewidth=0)
         below.plot(draws, running.mean(axis=0), color=INK, linewidth=2.2)
-        below.text(1, 1.03, f"{value:.4g} [{low:.4g}, {high:.4g}]", ha="right", va="bottom", size=9, color=HELPS,
-                   weight="bold", transform=below.transAxes)  # fmt: skip
+        words = f"LLC {value:.4g}, band: 95 % [{low:.4g}, {high:.4g}]"
+        below.text(1, 1.03, words, ha="right", va="bottom", size=9, color=HELPS, weight="bold",
+                   transform=below.transAxes)  # fmt: skip
         settled = running[:, len(draws) // 10 :]
         reach = max(settled.max() - settled.min(), high - low)
         below.set_ylim(min(settled.min(), low) - 0.15 * reach, max(settled.max(), high) + 0.25 * reach)
         for axes in (above, below):
-            axes.set_xlim(0, draws[-1] * 1.01)
+            axes.set_xlim(0.5, draws[-1] + 0.5)
             _plain(axes)
         above.axhline(0, color=FAINT, linewidth=1)
         above.tick_params(labelbottom=False)

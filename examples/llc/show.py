@@ -40,9 +40,14 @@ def table(path: Path) -> dict[str, np.ndarray]:
     """The columns of all complete rows, with their factors and their numbers in the store."""
     with Store.open(path) as store:
         rows = np.flatnonzero(store.completed())
+        lacking = [key for key in NUMBERS if key not in store.spec.schema]
+        if lacking:
+            raise DatamodelsError(f"{path}: has no {', '.join(lacking)}; expected a store of specs/llc.json's keys")
         if not len(rows):
             raise DatamodelsError(f"{path}: no row is complete yet; run the pool on it")
-        found: dict[str, Any] = {key: store.rows(key, rows) for key in NUMBERS if key in store.spec.schema}
+        if len(rows) < store.num_models:
+            print(f"   {path}: {len(rows)} of {store.num_models} rows are complete; the others are missing here")
+        found: dict[str, Any] = {key: store.rows(key, rows) for key in NUMBERS}
         choices = [store.design.assignment(int(row)).choices for row in rows]
     for factor in choices[0]:
         found[factor] = np.array([choice[factor] for choice in choices])
@@ -86,8 +91,11 @@ def trace(path: Path, row: int | None = None, out: Path | None = None) -> None:
     """Draw the chains of one row; trace.png beside the store."""
     found = table(path)
     if row is None:
-        picked = chosen(found).row if "epsilon" in found else 0
-        row = int(found["row"][picked if picked is not None else 0])
+        choice = chosen(found) if "epsilon" in found else None
+        picked = 0 if choice is None or choice.row is None else choice.row
+        row = int(found["row"][picked])
+        if choice is not None and choice.row is None:
+            print(f"   none is chosen ({choice.reason}); this is row {row}, --row=N draws another")
     if row not in found["row"]:
         raise DatamodelsError(
             f"{path}: row {row} is not complete; complete are {', '.join(map(str, found['row'][:20]))}"
@@ -96,7 +104,7 @@ def trace(path: Path, row: int | None = None, out: Path | None = None) -> None:
     with Store.open(path) as store:
         values = store.rows("llc_trace", [row])[0]
     llc, error = float(found["llc"][at]), 1.96 * float(found["llc_se"][at])
-    factors = ", ".join(f"{name} = {found[name][at]:.3g}" for name in ("epsilon", "gamma") if name in found)
+    factors = ", ".join(f"{name} = {found[name][at]:g}" for name in ("epsilon", "gamma") if name in found)
     title = f"Row {row}" + (f": {factors}" if factors else f": training step {found['step'][at]}")
     figure = pictures.trace(values, interval=(llc, llc - error, llc + error), title=title,
                             subtitle=f"{found['verdict'][at]}: {_short(str(found['reason'][at]))}")  # fmt: skip
@@ -122,7 +130,7 @@ def _setting(found: dict[str, np.ndarray]) -> str:
     return f"n = {found['n'][0]:,}, nβ = {found['nbeta'][0]:.4g}, {len(found['row'])} rows"
 
 
-def _short(text: str, most: int = 110) -> str:
+def _short(text: str, most: int = 88) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

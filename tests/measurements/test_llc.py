@@ -117,7 +117,8 @@ REDUCED_RANK = {1: (6.05, 7.71, 9.20, 10.51), 10: (4.32, 6.44, 8.35, 10.02), 100
 def test_reduced_rank_regression(rank, gamma):
     truth, error = gibbs(rank, gamma)
     assert abs(truth - REDUCED_RANK[gamma][rank]) < 3.5 * math.hypot(error, 0.02)
-    found = estimate(reduced_rank(rank), epsilon=3e-4, gamma=gamma, sampler="sgnht", chains=120 if rank or gamma < 100 else 600, draws=150,
+    chains = 120 if rank or gamma < 100 else 600
+    found = estimate(reduced_rank(rank), epsilon=3e-4, gamma=gamma, sampler="sgnht", chains=chains, draws=150,
                      burn_in=900, thin=8, friction=0.05)  # fmt: skip
     agrees(found, truth, truth_error=error, bias=0.01)
 
@@ -126,7 +127,9 @@ def test_reduced_rank_regression(rank, gamma):
 @pytest.mark.parametrize(("rank", "gamma"), [(0, 100), (3, 10)])
 def test_reduced_rank_regression_by_sgld(rank, gamma):
     truth, error = gibbs(rank, gamma)
-    found = estimate(reduced_rank(rank), epsilon=1e-4, gamma=gamma, chains=500 if rank else 1500, draws=100, burn_in=1500, thin=20)
+    found = estimate(
+        reduced_rank(rank), epsilon=1e-4, gamma=gamma, chains=500 if rank else 1500, draws=100, burn_in=1500, thin=20
+    )
     agrees(found, truth, truth_error=error, bias=0.015)
 
 

@@ -21,7 +21,7 @@ def texts(figure):
 def test_a_sweep(tmp_path):
     figure = llc.sweep(EPSILON, GAMMA, ACCEPTANCE, LLC, SE, STATIONARY, chosen=1, band=(0.9, 0.95), subtitle="n = 5")
     said = texts(figure)
-    for part in ("γ = 10", "γ = 100", "not stationary", "chosen:\nε = 1e-05", "1 diverged", "n = 5", "0.9 to 0.95"):
+    for part in ("γ = 10", "γ = 100", "not trusted", "chosen:\nε = 1e-05", "1 diverged", "n = 5", "0.9 to 0.95"):
         assert part in said, part
     from matplotlib.colors import to_hex
 
@@ -41,7 +41,7 @@ def test_a_trace(tmp_path):
     above, below = figure.axes
     assert [line.get_ydata().tolist() for line in above.lines[:2]] == [[0, 1, 2, 3], [8, 9, 10, 11]]
     assert below.lines[2].get_ydata().tolist() == [4, 4.5, 5, 5.5]
-    assert "5 [4.5, 5.5]" in texts(figure) and "Row 3" in texts(figure)
+    assert "LLC 5, band: 95 % [4.5, 5.5]" in texts(figure) and "Row 3" in texts(figure)
     figures.save(figure, tmp_path / "a.svg")
     with pytest.raises(DatamodelsError, match="one chain at least finite"):
         llc.trace(np.full((2, 3), np.nan), interval=(0, 0, 0), title="")

@@ -1,5 +1,6 @@
 """A row is an LLC: settings from options and factors, checkpoints really loaded, diverging settings as rows."""
 
+import json
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from datamodels.learning import checkpoints, data
 from datamodels.learning.models import MLP
 from datamodels.measurements import llc as measured
 from datamodels.measurements.samplers import Settings
+from tests.jobs import ROOT
 from worker_scripts import llc
 
 MODEL = "examples.llc.train.network?hidden=4"
@@ -62,6 +64,18 @@ def test_a_row_is_the_estimate_of_its_checkpoint(files):
     assert set(row) == set(llc.schema(2, 6)) == set(llc.KEYS)
     for key, field in llc.schema(2, 6).items():
         assert np.shape(row[key]) == tuple(field["shape"]), key
+
+
+def test_the_spec_that_ships_has_all_keys():
+    spec = json.loads((ROOT / "specs/llc.json").read_text())
+    assert spec["schema"] == llc.schema(4, 200)
+    defaults = get_current_config()
+    assert (defaults["llc.chains"], defaults["llc.draws"]) == (4, 200)
+
+
+def test_a_batch_is_at_most_all(files):
+    row = run({"checkpoint": files[0]}, batch_size=512, samples=64)
+    assert row["n"] == 64 and row["llc"] == run({"checkpoint": files[0]}, batch_size=0, samples=64)["llc"]
 
 
 def test_each_checkpoint_is_really_loaded(files):
