@@ -233,8 +233,8 @@ class Estimate:
             return Verdict(
                 "too few draws",
                 f"{self.values.size} draws are worth {self.ess:.0f} independent ones, of a mean of {self.mean:.3g} "
-                f"with a standard error of {self.standard_error:.2g}; {LEAST_ESS}, and a mean of {LEAST_Z:g} errors, are "
-                f"needed: raise draws, thin or chains",
+                f"with a standard error of {self.standard_error:.2g}; {LEAST_ESS}, and a mean of {LEAST_Z:g} errors, "
+                f"are needed: raise draws, thin or chains",
             )
         return Verdict(
             TRUST,
@@ -320,7 +320,8 @@ def choose(
             None,
             f"{int(within.sum())} of {len(accepted)} rows accept within [{low:g}, {high:g}], {int(trusted.sum())} are "
             f"trusted{f' ({others})' * bool(others)}, none is both; acceptance of "
-            f"{'those' if trusted.any() else 'all'} runs from {sure.min():.3f} to {sure.max():.3f}: try epsilons between, or longer chains",
+            f"{'those' if trusted.any() else 'all'} runs from {sure.min():.3f} to {sure.max():.3f}: try "
+            f"epsilons between, or longer chains",
         )
     least = eligible[pull[eligible] == pull[eligible].min()]
     best = int(least[np.argmax(worth[least])])
