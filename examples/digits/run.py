@@ -8,12 +8,14 @@ where it was.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from examples import steps
 from examples.steps import command, step
 
 SPEC, OUT = Path("specs/digits.json"), Path("out/digits")
@@ -109,5 +111,13 @@ def pictures(store_path: Path, result: Path, scores: dict) -> list[Path]:
     return [figures.save(influential, out / "influential.png"), figures.save(curve, out / "lds.png")]
 
 
+def cli() -> int:
+    parser = argparse.ArgumentParser("python -m examples.digits.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the results; {OUT}")
+    parser.add_argument("--workers", type=int, help="processes at the same time; left out: the pool decides")
+    given = parser.parse_args()
+    return main(SPEC, given.out, options=[] if given.workers is None else [f"--pool.workers={given.workers}"])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    steps.run(cli)

@@ -18,6 +18,7 @@ from datamodels.learning import data, loop
 from datamodels.learning.models import MLP
 from datamodels.measurements import backbones, datasets, library
 from datamodels.measurements.view import View
+from examples import steps
 
 SMOKE_BATCHES = 3
 
@@ -75,3 +76,7 @@ def _digits() -> tuple[torch.Tensor, torch.Tensor]:
 @functools.cache
 def _examples(place: str) -> datasets.Examples:
     return datasets.load(*place.rsplit("/", 1))
+
+
+if __name__ == "__main__":
+    steps.only_for_workers("examples.interplay.train")

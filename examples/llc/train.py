@@ -1,11 +1,11 @@
-"""A small network trained on digits, its weights kept at log-spaced steps: python -m examples.llc.train [FOLDER]
+"""A small network trained on digits, its weights kept at log-spaced steps: python -m examples.llc.train
 
 Whoever brings checkpoints of their own does not need this.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from datamodels.learning import checkpoints, data
 from datamodels.learning.models import MLP
+from examples import steps as runner
 
 OUT, STEPS, BATCH, RATE = Path("out/llc/checkpoints"), 20_000, 64, 0.05
 
@@ -51,5 +52,13 @@ def main(out: Path = OUT, steps: int = STEPS) -> None:
     print(f"   {len(wanted)} checkpoints in {out}, from step 0 to {steps:,}")
 
 
+def cli() -> None:
+    parser = argparse.ArgumentParser("python -m examples.llc.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the checkpoints; {OUT}")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"how long it is trained; {STEPS:,}")
+    given = parser.parse_args()
+    main(given.out, given.steps)
+
+
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:2]))
+    runner.run(cli)

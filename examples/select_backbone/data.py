@@ -1,11 +1,14 @@
 """Real text with labels that is on every Debian machine: what packages say of themselves, from the lists of apt.
 
+    python -m examples.select_backbone.data [--out=FOLDER]
+
 Two data sets of the same descriptions: `sections`, the part of the archive that a package is in, and `interfaces`, how
 one works with it, as its debtags say.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import re
@@ -19,6 +22,7 @@ import numpy as np
 from datamodels import files
 from datamodels.errors import DatamodelsError
 from datamodels.learning.data import permutation
+from examples import steps
 
 SECTIONS = (
     "admin", "database", "editors", "fonts", "games", "graphics", "mail", "math", "net", "science", "sound", "web",
@@ -29,17 +33,19 @@ INTERFACES = {
     "interface::graphical": "graphical",
     "interface::x11": "graphical",
 }
-TRAIN, TEST = 480, 420
+OUT, TRAIN, TEST = Path("out/select_backbone/data"), 480, 420
 _FIELD = re.compile(r"^(Package|Section|Description|Tag): (.*(?:\n .*)*)", re.MULTILINE)
 
 
 def write(folder: Path, *, train: int = TRAIN, test: int = TEST) -> list[Path]:
     """sections.csv and interfaces.csv with the columns text, label and split, as many rows of each class.
 
-    Those that are there are left alone: apt's lists change.
+    Those that are there are left alone: apt's lists change. DatamodelsError where they have another number of rows.
     """
     paths = [folder / "sections.csv", folder / "interfaces.csv"]
     if all(path.exists() for path in paths):
+        for path in paths:
+            _check(path, train, test)
         return paths
     found: dict[str, dict[str, str]] = {"sections": {}, "interfaces": {}}
     for package in packages(apt_lists()):
@@ -83,6 +89,17 @@ def interface_of(package: Mapping[str, str]) -> str | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
+def _check(path: Path, train: int, test: int) -> None:
+    with path.open(newline="") as file:
+        rows = [(row["label"], row["split"]) for row in csv.DictReader(file)]
+    classes = len({label for label, _ in rows})
+    there = [sum(split == name for _, split in rows) for name in ("train", "test")]
+    wanted = [number // classes * classes for number in (train, test)]
+    if there != wanted:
+        raise DatamodelsError(f"{path}: {there[0]} rows of train and {there[1]} of test are there, {wanted[0]} and "
+                              f"{wanted[1]} are wanted; name another folder for the results, or remove it")  # fmt: skip
+
+
 def _write(path: Path, labels: Mapping[str, str], train: int, test: int) -> Path:
     texts, names = np.array(list(labels)), np.array(list(labels.values()))
     classes = sorted(set(labels.values()))
@@ -100,3 +117,14 @@ def _write(path: Path, labels: Mapping[str, str], train: int, test: int) -> Path
     with files.whole(path) as file:
         file.write(table.getvalue().encode())
     return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m examples.select_backbone.data", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the two tables; {OUT}")
+    for path in write(parser.parse_args().out):
+        print(path)
+
+
+if __name__ == "__main__":
+    steps.run(main)

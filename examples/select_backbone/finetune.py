@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from datamodels.learning.data import permutation
 from datamodels.measurements import backbones, datasets
+from examples import steps
 
 Section("finetune", "fine-tuning of all parameters with AdamW").params(
     models=Param(str, "folder of the models; the factor is a name in it", required=True),
@@ -73,3 +74,7 @@ def accuracy(network, head, test, batch_size):
         features, _ = network.module.both(network.prepare(test.inputs[start : start + batch_size]))
         right += int((head(features).argmax(1).numpy() == test.labels[start : start + batch_size]).sum())
     return right / len(test)
+
+
+if __name__ == "__main__":
+    steps.only_for_workers("examples.select_backbone.finetune")

