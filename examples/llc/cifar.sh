@@ -13,15 +13,20 @@
 #       bash examples/llc/cifar.sh runs/1 'folder:/data/imagenet/train?size=224' out/r50 --llc.samples=2000
 #
 # First a sweep over epsilon and gamma on the last checkpoint; then all checkpoints by the setting that it chooses, or
-# by EPSILON and GAMMA where you set them. Stop it anywhere and run it again: no row is estimated twice. CHAINS=4
-# chains of DRAWS=200 draws each; WORKERS=1.
+# by EPSILON and GAMMA where you set them. EPSILONS='[1e-7, 1e-6]' and GAMMAS make another sweep. CHAINS=4 chains of
+# DRAWS=200 draws each; WORKERS=1. Stop it anywhere and run it again: no row is estimated twice. What was estimated by
+# other settings stays: then it says what differs, and ends.
 set -euo pipefail
 
 if [[ $# -lt 2 || $1 == -* || $2 == -* ]]; then
     sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" >&2
     exit 2
 fi
-checkpoints=$(realpath "$1")
+checkpoints=$(realpath --canonicalize-missing "$1")
+if [[ ! -d $checkpoints ]]; then
+    echo "error: $1: no such folder; the first argument is a folder of checkpoints" >&2
+    exit 2
+fi
 data=$2
 shift 2
 out=$(dirname "${BASH_SOURCE[0]}")/../../out/llc-checkpoints
@@ -40,30 +45,36 @@ model=${MODEL:-datamodels.learning.resnet.resnet18?num_classes=10&stem=cifar}
 job=(--worker.main_import=worker_scripts.llc --llc.model="$model" --llc.data="$data"
     --llc.normalise="${NORMALISE:-cifar10}" --llc.chains="$chains" --llc.draws="$draws" "$@")
 
-# spec NAME FACTORS: a store whose rows are the combinations of the factors' levels
+# spec NAME FACTORS OPTIONS…: a store whose rows are the combinations of the factors' levels, estimated by the options
 spec() {
-    [[ -e $out/$1/spec.json ]] && return
-    "$python" - "$out/$1.json" "$2" "$chains" "$draws" <<'EOF'
+    "$python" - "$chains" "$draws" "$out/$1" "${@:2}" <<'EOF'
 import json, sys
+from pathlib import Path
+from datamodels.errors import DatamodelsError
+from examples import steps
 from worker_scripts.llc import schema
-path, factors, chains, draws = sys.argv[1:]
-design = [{"role": "train", "seed": 0, "choices": json.loads(factors)}]
-json.dump({"schema": schema(int(chains), int(draws)), "design": design}, open(path, "w"), indent=1)
+chains, draws, store, factors, *options = sys.argv[1:]
+def main():
+    try:
+        keys, choices = schema(int(chains), int(draws)), json.loads(factors)
+    except ValueError as error:
+        raise DatamodelsError(f"CHAINS={chains}, DRAWS={draws}, {factors}: expected whole numbers, and lists as in "
+                              f"EPSILONS='[1e-7, 1e-6]' ({error})") from None
+    spec = {"schema": keys, "design": [{"role": "train", "seed": 0, "choices": choices}]}
+    steps.store(Path(store), Path(f"{store}.json"), spec, steps.options(options))
+steps.run(main)
 EOF
-    "$python" -m datamodels.initialize_logdir --logging.logdir="$out/$1" --logging.spec="$out/$1.json"
 }
 
-# The last checkpoint; a folder in which two are of one step, or one of none, ends it here.
+# The last checkpoint; a folder without any, in which two are of one step, or one of none, ends it here.
 last=$("$python" -c 'import sys
-from datamodels.errors import DatamodelsError
 from datamodels.learning.foreign import by_step
-try:
-    print(list(by_step(sys.argv[1], "*.p*t*").values())[-1])
-except DatamodelsError as error:
-    sys.exit(f"error: {error}")' "$checkpoints") || exit 1
+from examples import steps
+steps.run(lambda: print(list(by_step(sys.argv[1], "*.p*t*").values())[-1]))' "$checkpoints")
 
 if [[ -z ${EPSILON:-} || -z ${GAMMA:-} ]]; then
-    spec sweep "{\"epsilon\": ${EPSILONS:-[1e-9, 1e-8, 1e-7, 1e-6, 1e-5]}, \"gamma\": ${GAMMAS:-[100, 1000, 10000]}}"
+    spec sweep "{\"epsilon\": ${EPSILONS:-[1e-9, 1e-8, 1e-7, 1e-6, 1e-5]}, \"gamma\": ${GAMMAS:-[100, 1000, 10000]}}" \
+        "${job[@]}" --llc.checkpoint="$last"
     # One row on a few steps first: a wrong folder or option ends it here, and not row after row.
     "$python" -m datamodels.worker --worker.smoke --worker.logdir="$out/sweep" "${job[@]}" --llc.checkpoint="$last"
     "$python" -m datamodels.pool --pool.workers="${WORKERS:-1}" --worker.logdir="$out/sweep" "${job[@]}" \
@@ -75,12 +86,17 @@ from examples.llc.show import chosen, table
 found = table(Path(sys.argv[1]))
 row = chosen(found).row
 if row is None:
-    sys.exit("no setting of the sweep will do: set EPSILON and GAMMA, or EPSILONS and GAMMAS for another sweep")
+    sys.exit("no setting of the sweep will do: set EPSILON and GAMMA, or EPSILONS and GAMMAS for another sweep in "
+             "another FOLDER; DRAWS=400 or --llc.burn_in=400 make chains longer")
 print(found["epsilon"][row], found["gamma"][row])' "$out/sweep") || exit 1
     "$python" -m examples.llc.show trace "$out/sweep" --out "$out/trace.png"
+    tried=yes
 fi
 
-spec curve "{\"checkpoint\": {\"files\": \"$checkpoints/*.p*t*\"}}"
-"$python" -m datamodels.pool --pool.workers="${WORKERS:-1}" --worker.logdir="$out/curve" "${job[@]}" \
-    --llc.epsilon="$EPSILON" --llc.gamma="$GAMMA"
+job+=(--llc.epsilon="$EPSILON" --llc.gamma="$GAMMA")
+spec curve "{\"checkpoint\": {\"files\": \"$checkpoints/*.p*t*\"}}" "${job[@]}"
+if [[ -z ${tried:-} ]]; then
+    "$python" -m datamodels.worker --worker.smoke --worker.logdir="$out/curve" "${job[@]}"
+fi
+"$python" -m datamodels.pool --pool.workers="${WORKERS:-1}" --worker.logdir="$out/curve" "${job[@]}"
 "$python" -m examples.llc.show curve "$out/curve" --out "$out/curve.png"
