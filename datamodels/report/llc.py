@@ -47,8 +47,8 @@ def sweep(
         above, below = figure.add_axes((0.105, 0.49, 0.675, 0.36)), figure.add_axes((0.105, 0.1, 0.675, 0.33))
         above.axhspan(*band, color=FAINT, alpha=0.18, linewidth=0)
         above.text(
-            0.01, band[0] - 0.02, f"band to choose from, {band[0]:g} to {band[1]:g}", va="top", size=8, color=FAINT,
-            transform=above.get_yaxis_transform(),
+            0.01, 0.04, f"shaded: the band to choose from, {band[0]:g} to {band[1]:g}", va="bottom", size=8,
+            color=FAINT, transform=above.transAxes,
         )  # fmt: skip
         levels = np.unique(pulls)
         colours = colormaps["viridis_r"](np.linspace(0.25, 1, len(levels)) if len(levels) > 1 else [0.75])
@@ -161,14 +161,16 @@ def curve(
         figure = _figure(7.0, 5.2, "The local learning coefficient over training", subtitle)
         above, below = figure.add_axes((0.11, 0.4, 0.86, 0.45)), figure.add_axes((0.11, 0.105, 0.86, 0.25))
         there = np.isfinite(value)
-        above.errorbar(x[there], value[there], yerr=1.96 * error[there], color=HELPS, linewidth=1.6, capsize=3,
-                       elinewidth=1.1)  # fmt: skip
-        for at, y, sure in zip(x[there], value[there], believed[there], strict=True):
-            above.plot(at, y, "o", color=HELPS, markersize=6, markerfacecolor=HELPS if sure else "white")
+        sure = there & (believed == 1)
+        above.plot(x[there], value[there], color=FAINT, linewidth=0.9, linestyle=(0, (2, 3)))
+        above.plot(x, np.where(sure, value, np.nan), color=HELPS, linewidth=1.6)
+        for those, colour, face in ((sure, HELPS, HELPS), (there & ~sure, FAINT, "white")):
+            above.errorbar(x[those], value[those], yerr=1.96 * error[those], fmt="o", color=colour, markersize=6,
+                           markerfacecolor=face, capsize=3, elinewidth=1.1)  # fmt: skip
         below.plot(x, losses, color=HURTS, linewidth=1.6, marker="o", markersize=4)
         if not believed.all():
             hollow = Line2D(
-                [], [], color=HELPS, marker="o", markerfacecolor="white", linestyle="", label="verdict other than trust"
+                [], [], color=FAINT, marker="o", markerfacecolor="white", linestyle="", label="no LLC: verdict other than trust"
             )
             above.legend(handles=[hollow], loc="best", frameon=False, fontsize=8.5)
         for axes in (above, below):

@@ -21,7 +21,7 @@ from examples.steps import command, step
 SPEC, OUT = Path("examples/interplay/spec.json"), Path("out/interplay")
 
 
-def main(spec: Path = SPEC, out: Path = OUT, options: Sequence[str] = (), draws: int = 500, smoke: bool = False) -> int:
+def main(spec: Path = SPEC, out: Path = OUT, options: Sequence[str] = (), draws: int = 200, smoke: bool = False) -> int:
     """Run what is not there yet; `options` go to the pool and the worker."""
     started, store = time.monotonic(), out / "store"
     step("1. A store: one row per network; its measurements become keys")
@@ -39,7 +39,7 @@ def main(spec: Path = SPEC, out: Path = OUT, options: Sequence[str] = (), draws:
 def small(spec: dict[str, Any]) -> dict[str, Any]:
     """Of such a spec, twelve networks that are trained for an epoch or three, and a short LLC."""
     shorter = {
-        "llc@digits/train": "llc?draws=20&burn_in=20&chains=2@digits/train",
+        "llc?strict=true@digits/train": "llc?draws=20&burn_in=20&chains=2@digits/train",
         "sharpness@digits/train": "sharpness?tolerance=0.1@digits/train",
     }
     (block,) = spec["design"]
@@ -60,7 +60,7 @@ def cli() -> int:
     given = parser.parse_args()
     out = given.out or Path("out/interplay-smoke" if given.smoke else OUT)
     pool = [] if given.workers is None else [f"--pool.workers={given.workers}"]
-    return main(SPEC, out, pool, draws=20 if given.smoke else 500, smoke=given.smoke)
+    return main(SPEC, out, pool, draws=20 if given.smoke else 200, smoke=given.smoke)
 
 
 if __name__ == "__main__":

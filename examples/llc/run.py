@@ -27,8 +27,8 @@ from worker_scripts import llc
 
 OUT = Path("out/llc")
 MODEL = ("--llc.model=examples.llc.train.network", "--llc.data=digits", "--llc.normalise=data", "--llc.flatten=true")
-FULL = {"steps": train.STEPS, "chains": 6, "draws": 400, "burn_in": 600, "thin": 2,
-        "epsilons": [1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3], "gammas": [10, 100, 1000]}  # fmt: skip
+FULL = {"steps": train.STEPS, "chains": 6, "draws": 400, "burn_in": 800, "thin": 3,
+        "epsilons": [1e-6, 1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 1e-3], "gammas": [10, 100, 1000]}  # fmt: skip
 SMOKE = {"steps": 200, "chains": 2, "draws": 30, "burn_in": 20, "thin": 1,
          "epsilons": [1e-5, 1e-3], "gammas": [100, 1000]}  # fmt: skip
 

@@ -363,11 +363,12 @@ def test_choose_within_the_band_and_not_the_highest_acceptance():
     verdict = ["trust"] * 4 + ["not stationary", "step too large", "trust", "trust"]
     ess = [900, 500, 200, 300, 800, 700, 900, 1000]
     gamma = [10, 10, 10, 10, 10, 10, 10, 100]
-    row, reason = llc.choose(acceptance, verdict, ess, gamma)
+    band = (0.9, 0.95)
+    row, reason = llc.choose(acceptance, verdict, ess, gamma, band=band)
     assert row == 3 and "gamma 10 is the least of 3 such rows, 300 effective draws the most of 2 with it" in reason
     assert llc.choose(acceptance, verdict, ess, gamma, band=(0.99, 1)).row == 0
-    assert llc.choose(acceptance[4:], verdict[4:], ess[4:], gamma[4:]).row == 3
-    row, reason = llc.choose(acceptance, ["not localised"] * 8, ess, gamma)
+    assert llc.choose(acceptance[4:], verdict[4:], ess[4:], gamma[4:], band=band).row == 3
+    row, reason = llc.choose(acceptance, ["not localised"] * 8, ess, gamma, band=band)
     assert row is None and "5 of 8 rows accept within" in reason and "0 are trusted (8 not localised)" in reason
     with pytest.raises(MeasurementError, match="one length"):
         llc.choose(acceptance, verdict[:3], ess, gamma)
