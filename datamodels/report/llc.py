@@ -169,9 +169,8 @@ def curve(
                            markerfacecolor=face, capsize=3, elinewidth=1.1)  # fmt: skip
         below.plot(x, losses, color=HURTS, linewidth=1.6, marker="o", markersize=4)
         if not believed.all():
-            hollow = Line2D(
-                [], [], color=FAINT, marker="o", markerfacecolor="white", linestyle="", label="no LLC: verdict other than trust"
-            )
+            hollow = Line2D([], [], color=FAINT, marker="o", markerfacecolor="white", linestyle="",
+                            label="no LLC: verdict other than trust")  # fmt: skip
             above.legend(handles=[hollow], loc="best", frameon=False, fontsize=8.5)
         for axes in (above, below):
             if x.min() > 0 and x.max() > 20 * x.min():

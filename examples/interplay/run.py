@@ -39,7 +39,7 @@ def main(spec: Path = SPEC, out: Path = OUT, options: Sequence[str] = (), draws:
 def small(spec: dict[str, Any]) -> dict[str, Any]:
     """Of such a spec, twelve networks that are trained for an epoch or three, and a short LLC."""
     shorter = {
-        "llc?strict=true@digits/train": "llc?draws=20&burn_in=20&chains=2@digits/train",
+        "llc?strict=true&draws=3000@digits/train": "llc?draws=20&burn_in=20&chains=2@digits/train",
         "sharpness@digits/train": "sharpness?tolerance=0.1@digits/train",
     }
     (block,) = spec["design"]
