@@ -4,19 +4,19 @@ squares fits them, and a bootstrap of both says how sure that is.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from datamodels.errors import DatamodelsError
-from datamodels.regression import Datamodel, Problem, RegressionWarning, fit
 
 LEAST = 10  # different models; below that a resample has hardly any left out
 FOLDS, REPEATS = 5, 4  # of cross-validation; a resample's is not repeated
 DRAWS = 200  # resamples; a standard deviation needs fewer than percentiles do
 LAMBDAS, LEAST_LAMBDA = 20, 1e-2  # how many, and the smallest over the largest
+SHARES = LEAST_LAMBDA ** (np.arange(LAMBDAS) / (LAMBDAS - 1))
+GAP = 1e-7  # relative duality gap of every lasso
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ def estimate(
     models, and in as many for 100; where all columns correlate by .7 (.54 and .36), in 202 of 220 for 40 models and in
     201 of 220 for 100; among twenty columns that correlate by .3, in 115 of 120 for 40. Of columns without effect they
     held 0 in 97 to 99 %. Effects of .15 to .3 are often not chosen at 40 models, and their intervals, which held 86 to
-    100 %, are wide.
+    100 %, are wide. `benchmarks/effects.py` simulates that.
 
     Raises DatamodelsError for a constant column or outcome, and for fewer than ten groups.
     """
@@ -152,14 +152,7 @@ def _fit(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Least squares on the columns that the lasso chooses, (p, T), and which those are, bool; x and y standardised."""
     places = _places(x, y, members, generator, repeats)
-    chosen = np.zeros((x.shape[1], y.shape[1]), bool)
-    twice = np.concatenate([x, x]), np.concatenate([y, y])
-    train, val = np.split(np.arange(2 * len(x)), 2)
-    for place in np.unique(places[places > 0]):
-        some = places == place
-        # Validated on the rows that it is fitted on, a path always ends at its last lambda: which is the one we want.
-        model = _lasso(twice[0], twice[1][:, some], train, val, k=2, eps=LEAST_LAMBDA ** (place / (LAMBDAS - 1)))
-        chosen[:, some] = model.weight != 0
+    chosen = np.stack([_lasso(x, y[:, t : t + 1], SHARES[[place]])[0, :, 0] for t, place in enumerate(places)], 1) != 0
     weight = np.zeros(chosen.shape)
     for t in np.flatnonzero(chosen.any(axis=0)):
         of_t = chosen[:, t]
@@ -170,32 +163,51 @@ def _fit(
 def _places(
     x: np.ndarray, y: np.ndarray, members: np.ndarray, generator: np.random.Generator, repeats: int
 ) -> np.ndarray:
-    """(T,): which of the LAMBDAS, of each fit's own lambda_max, has the least error over folds of whole groups.
+    """(T,): which of the SHARES, of each fit's own lambda_max, has the least error over folds of whole groups.
 
     Lambdas that choose more columns than half of a fold's groups do not count: least squares would interpolate.
     """
     _, group_of = np.unique(members, return_inverse=True)
     count = int(group_of.max()) + 1
     folds = min(FOLDS, count)
-    errors = np.zeros((LAMBDAS, y.shape[1]))
+    errors = np.zeros((len(SHARES), y.shape[1]))
     for _ in range(repeats):
         fold_of = (generator.permutation(count) % folds)[group_of]
         for fold in range(folds):
-            val = np.flatnonzero(fold_of == fold)
-            path = _lasso(x, y, np.flatnonzero(fold_of != fold), val, k=LAMBDAS, eps=LEAST_LAMBDA).path
-            assert path is not None
-            many = path.nnz > (count - count // folds) / 2
-            errors += np.where(many, np.inf, np.nan_to_num(path.val_mse) * len(val))  # nan: constant in this fold
+            out = fold_of == fold
+            (a, a_mean, a_spread), (b, b_mean, b_spread) = _scaled(x[~out]), _scaled(y[~out])
+            weights = _lasso(a, b, SHARES)
+            off = b_mean + (x[out] - a_mean) / a_spread @ weights * b_spread - y[out]
+            many = (weights != 0).sum(axis=1) > (count - count // folds) / 2
+            errors += np.where(many, np.inf, (off**2).sum(axis=1))
     places: np.ndarray = errors.argmin(axis=0)
     return places
 
 
-def _lasso(x: np.ndarray, y: np.ndarray, train: np.ndarray, val: np.ndarray, *, k: int, eps: float) -> Datamodel:
-    columns, targets = (tuple(map(str, range(values.shape[1]))) for values in (x, y))
-    problem = Problem(x=x, y=y, train=train, val=val, columns=columns, targets=targets, rows=np.arange(len(x)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RegressionWarning)  # an outcome that no column tells of is an answer here
-        return fit(problem, k=k, eps=eps, patience=k, workers=1)
+def _lasso(x: np.ndarray, y: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Weights (k, p, T) at falling shares of each outcome's lambda_max, of standardised x and y.
+
+    The kernel of `regression` without what surrounds it there: threads and certificates take a hundred times as long as
+    so few columns do.
+    """
+    from datamodels.regression import descent
+
+    n, p = x.shape
+    gram, products, power = x.T @ x, y.T @ x, (y**2).sum(axis=0)
+    diag, none = gram.diagonal().copy(), np.zeros(p)
+    norm = np.where(diag > 0, float(n), 0.0)
+    thr = descent.thresholds(norm, np.ones((1, p)))[0]
+    weights, room = np.zeros((len(shares), p, y.shape[1])), np.empty((p, p))
+    for t, q in enumerate(products):
+        top, at, w = descent.lambda_max(q, thr), np.zeros(0, np.int32), np.zeros(0)
+        for step, share in enumerate(shares):
+            if top == 0 or share == 1:  # nothing is chosen, whatever rounding says
+                continue
+            at, w, _, room = descent.refit(
+                gram, diag, none, float(n), q, power[t], thr, norm, share * top, at, w, GAP, power[t], room
+            )
+            weights[step, at, t] = w
+    return weights
 
 
 def _reach(spread: np.ndarray, value: np.ndarray, x: np.ndarray, y: np.ndarray, groups: int) -> np.ndarray:
