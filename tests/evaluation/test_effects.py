@@ -209,6 +209,47 @@ def test_a_damaged_record_is_no_value_that_a_row_lacks(store):
         effects.read(store)
 
 
+@pytest.mark.parametrize("shape", [[], [2]])
+def test_a_measurement_that_failed_in_all_rows_is_left_out(tmp_path, shape):
+    number = {"shape": [], "dtype": "float64", "required": False, "allow_nonfinite": True, "role": "property"}
+    schema = {"norm": number, "failed": {**number, "shape": shape}, "accuracy": {**number, "role": "benefit"}}
+    with Store.create(tmp_path / "store", {"schema": schema, "design": [{"count": 4, "seed": 0}]}) as made:
+        for row in range(4):
+            made.commit_many([row], {"norm": [row], "accuracy": [row**2], "failed": [ValueError("never")]})
+        table = effects.read(made)
+    assert table.columns == ("norm",) and table.left_out == ("failed: 4 of 4 rows do not have it",)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A store as measurements make it: times have no role, and an estimate has what describes it beside it."""
+    number = {"shape": [], "dtype": "float64", "required": False, "allow_nonfinite": True}
+    names = ["llc", "llc_se", "llc_rhat", "llc_acceptance", "llc_step_bias", "llc_trusted", "llc_n", "llc_nbeta"]
+    names += ["norm", "norm_n"]
+    schema = {f"d_train_{name}": {**number, "role": "property"} for name in names}
+    schema |= {"d_train_seconds_llc": number, "d_accuracy_drop": {**number, "role": "benefit"}}
+    schema |= {"seconds_accuracy_drop": number}
+    values = np.random.default_rng(0).normal(size=(25, len(schema)))
+    values[:, list(schema).index("d_train_llc_trusted")] = np.arange(25) >= 17
+    with Store.create(tmp_path / "store", {"schema": schema, "design": [{"count": 25, "seed": 0}]}) as made:
+        for row in range(25):
+            made.commit_many([row], {key: [value] for key, value in zip(schema, values[row], strict=True)})
+        yield made
+
+
+def test_what_describes_an_estimate_or_a_measurement_is_no_property(measured, capsys):
+    for table in (effects.read(measured), effects.read(measured, ["d_train_*"], ["*_accuracy_drop"])):
+        assert table.columns == ("d_train_llc", "d_train_norm", "d_train_norm_n")
+        assert table.targets == ("d_accuracy_drop",) and table.left_out == ()
+        assert table.notes == ("17 of 25 values of d_train_llc are not trusted",)
+    named = effects.read(measured, ["d_train_llc_se", "d_train_seconds_llc", "d_train_norm"])
+    assert named.columns == ("d_train_llc_se", "d_train_seconds_llc", "d_train_norm") and named.notes == ()
+    with pytest.raises(DatamodelsError, match=r"'d_train_s\*' is the pattern only of .*d_train_seconds_llc\); such"):
+        effects.read(measured, ["d_train_s*"])
+    command.main([str(measured.path), "--draws=20"])
+    assert "note: 17 of 25 values of d_train_llc are not trusted" in capsys.readouterr().err
+
+
 def test_keys_by_pattern_and_mistakes(store):
     assert effects.read(store, ["r*k", "norm"], ["loss"]).columns == ("rank[0]", "rank[1]", "norm")
     with pytest.raises(DatamodelsError, match="no number is called 'nrm'; did you mean 'norm'"):

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".svg", ".pdf")
 SECTIONS = {
     "effects": {
-        "properties": Option(list, "keys or patterns, as in digits_train_*; left out: keys with the role property"),
-        "benefits": Option(list, "keys or patterns; left out: keys with the role benefit"),
+        "properties": Option(
+            list,
+            "keys, or patterns of keys that have a role, as in digits_train_*; left out: keys with the role property",
+        ),
+        "benefits": Option(list, "likewise; left out: keys with the role benefit"),
         "draws": Option(int, "draws of the bootstrap", default=200, min=20),
         "seed": Option(int, "their seed, and that of the validation split", default=0, min=0),
         "plot": Option(str, "file to draw, as png, svg or pdf"),
@@ -64,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for line in table.left_out:
         print(f"left out: {line}", file=sys.stderr)
+    for line in table.notes:
+        print(f"note: {line}", file=sys.stderr)
     print(as_json(found) if args["effects.json"] else text(found, table))
     if out is not None:
         from datamodels.report import effects, figures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,12 +12,15 @@ from datamodels.errors import DatamodelsError
 from datamodels.spec import nearest
 from datamodels.store import Store
 
+TRUSTED = "_trusted"  # 1 or 0: what the estimator itself says of a value
+DIAGNOSTICS = (TRUSTED, "_se", "_rhat", "_acceptance", "_step_bias", "_n", "_nbeta")
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
     """x (n, p) and y (n, T), float64, of models `rows`; `groups` (n,) tells models of the same choices.
 
-    left_out: what is not in it, and why.
+    left_out: what is not in it, and why.  notes: what a reader must know of what is.
     """
 
     x: np.ndarray
@@ -27,14 +30,17 @@ class Table:
     rows: np.ndarray
     groups: np.ndarray
     left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read(store: Store, properties: Sequence[str] = (), benefits: Sequence[str] = ()) -> Table:
     """Properties and benefits of a store's complete rows.
 
-    `properties` and `benefits` are keys or patterns (`digits_train_*`); by default the keys with these roles. A key
-    that more than half of the rows lack is left out, and then the rows that lack one of the others; so are columns that
-    are the same in all rows. Raises DatamodelsError where nothing is left, and StoreError for damaged rows.
+    `properties` and `benefits` are keys or patterns (`digits_train_*`); by default the keys with these roles. Only by
+    its whole name is a key taken that has no role, such as a time, or that describes an estimate: beside `K_trusted`
+    those are K with one of DIAGNOSTICS. A key that half of the rows or more lack is left out, and then the rows that
+    lack one of the others; so are columns that are the same in all rows. Raises DatamodelsError where nothing is left,
+    and StoreError for damaged rows.
     """
     rows = np.flatnonzero(store.completed())
     if not len(rows):
@@ -70,30 +76,54 @@ def read(store: Store, properties: Sequence[str] = (), benefits: Sequence[str] =
         )
     choices = [repr(sorted(store.design.assignment(row, with_mask=False).choices.items())) for row in rows.tolist()]
     groups = np.unique(choices, return_inverse=True)[1] if any(c != "[]" for c in choices) else np.arange(len(rows))
-    return Table(tables[0], tables[1], names[0], names[1], rows, groups, tuple(left_out))
+    notes = [note for side in sides for key in side for note in _not_trusted(store, key, rows)]
+    return Table(tables[0], tables[1], names[0], names[1], rows, groups, tuple(left_out), tuple(notes))
 
 
 def _keys(store: Store, given: Sequence[str], role: str) -> list[str]:
-    numbers = [key for key, field in store.spec.schema.items() if field.value_dtype.kind in "biuf"]
+    schema = store.spec.schema
+    numbers = [key for key, field in schema.items() if field.value_dtype.kind in "biuf"]
+    of_models = [key for key in numbers if schema[key].role is not None and not _is_diagnostic(key, schema)]
     if not given:
-        found = [key for key in numbers if store.spec.schema[key].role == role]
+        found = [key for key in of_models if schema[key].role == role]
         if not found:
             raise DatamodelsError(f"{store.path}: no key has the role {role}; name some with --properties, --benefits")
         return found
     found = []
     for pattern in given:
-        matching = [key for key in numbers if fnmatchcase(key, pattern)]
+        matching = [pattern] if pattern in numbers else [key for key in of_models if fnmatchcase(key, pattern)]
         if not matching:
+            others = [key for key in numbers if fnmatchcase(key, pattern)]
+            if others:
+                raise DatamodelsError(
+                    f"{store.path}: {pattern!r} is the pattern only of keys without a role, or that describe an "
+                    f"estimate ({', '.join(others)}); such a key is taken by its whole name"
+                )
             raise DatamodelsError(f"{store.path}: no number is called {pattern!r}{nearest(pattern, numbers)}")
         found += [key for key in matching if key not in found]
     return found
 
 
+def _is_diagnostic(key: str, schema: Collection[str]) -> bool:
+    """Whether it describes how an estimate came to be, and not the model."""
+    return any(key.endswith(end) and key.removesuffix(end) + TRUSTED in schema for end in DIAGNOSTICS)
+
+
+def _not_trusted(store: Store, key: str, rows: np.ndarray) -> list[str]:
+    verdict = key + TRUSTED
+    if verdict not in store.spec.schema:
+        return []
+    known = rows[_there(store, verdict, rows)]
+    doubtful = int((store.rows(verdict, known) == 0).sum())
+    return [f"{doubtful} of {len(rows)} values of {key} are not trusted"] if doubtful else []
+
+
 def _there(store: Store, key: str, rows: np.ndarray) -> np.ndarray:
     """Which of the rows have a finite value; (len(rows),), bool."""
     there = store.having(key, rows.tolist())
-    values = store.rows(key, rows[there]).astype(np.float64).reshape(int(there.sum()), -1)
-    there[there] = np.isfinite(values).all(axis=1)
+    if there.any():
+        values = store.rows(key, rows[there]).astype(np.float64).reshape(int(there.sum()), -1)
+        there[there] = np.isfinite(values).all(axis=1)
     return there
 
 
