@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from datamodels.evaluation.ranking.rank import Ranking
 
 GRID = "#e4e4e4"
+LONGEST = 24  # characters of a name that may stand beside a point
 PANELS = 48  # more in one picture than anybody looks at
 _MARKERS = "osD^vPX<>h"
 
@@ -25,9 +27,10 @@ _MARKERS = "osD^vPX<>h"
 def vs_samples(scores: Scores, *, metrics: Sequence[str] = (), actual: Grid | None = None) -> Figure:
     """Each measurement against the number of samples that it was computed from, a line per model.
 
-    The band is one standard deviation over seeds to both sides; what is infinite is not drawn. A row of panels per
-    measurement, a column per data set; what changes with neither samples nor seeds has none. With `actual`, models are
-    coloured and listed in the order of what fine-tuning reached, on average over the data sets shown.
+    The band, where there are two seeds, is one standard deviation over them to both sides; what is infinite is not
+    drawn. A row of panels per measurement, a column per data set; what changes with neither samples nor seeds has none.
+    With `actual`, models are coloured and listed in the order of what fine-tuning reached, on average over the data
+    sets shown.
 
     Raises RankingError where there are not two numbers of samples.
     """
@@ -49,11 +52,15 @@ def vs_samples(scores: Scores, *, metrics: Sequence[str] = (), actual: Grid | No
         models = tuple(sorted(models, key=lambda model: -np.nan_to_num(reached[model], nan=-np.inf)))
 
     across, down, panel_wide, panel_high = _arranged(len(names), len(datasets))
-    short = short_names(models)
+    short, short_data = short_names(models), short_names(datasets)
     legend = 0.6 + 0.075 * max(len(short[m]) + 7 * bool(reached) for m in models)
+    words_above = [] if actual is None else _reached_in_words(actual, datasets)
+    legend = max(legend, 0.3 + 0.062 * max(map(len, words_above), default=0))
     left, right, head, foot, gap_x, gap_y = 0.75, 0.25, 0.95, 0.55, 0.62, 0.5
     width = left + across * panel_wide + (across - 1) * gap_x + right + legend
-    height = max(head + down * panel_high + (down - 1) * gap_y + foot, head + 0.17 * len(models) + 0.3)
+    height = max(
+        head + down * panel_high + (down - 1) * gap_y + foot, head + 0.17 * len(models) + 0.14 * len(words_above) + 0.3
+    )
 
     with style():
         from matplotlib import colormaps
@@ -61,8 +68,12 @@ def vs_samples(scores: Scores, *, metrics: Sequence[str] = (), actual: Grid | No
         from matplotlib.lines import Line2D
 
         figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, facecolor="white")
-        where = f"; {datasets[0]}" if len(datasets) == 1 else ""
-        line = f"Mean over seeds, band: one standard deviation{where}"
+        seeds = max(int(grid.seeds[name].max(initial=0)) for grid in grids for name in names)
+        spread_out = any(np.nan_to_num(grid.spreads[name]).max(initial=0) > 0 for grid in grids for name in names)
+        line = "Mean over seeds" if seeds > 1 else "A single seed"
+        line += (", band: one standard deviation" if spread_out else "") + (
+            f"; {short_data[datasets[0]]}" if len(datasets) == 1 else ""
+        )
         _title(figure, left, "Do the scores settle as samples are added?", line)
         # "all" stands behind the largest number, for nothing says how many that is.
         places = np.array([level if level != ALL_SAMPLES else 2 * max(*levels, 1) for level in levels], float)
@@ -80,15 +91,16 @@ def vs_samples(scores: Scores, *, metrics: Sequence[str] = (), actual: Grid | No
                 axes.fill_between(
                     at, (mean - spread)[there], (mean + spread)[there], color=colours[i], alpha=0.15, linewidth=0
                 )
-            _frame(axes, name if len(datasets) == 1 else f"{name}, {dataset}")
+            _frame(axes, name if len(datasets) == 1 else f"{name}, {short_data[dataset]}")
             axes.set_xscale("log")
             axes.set_xticks(places, _apart(places, [in_words(level) for level in levels]), size=8)
             axes.minorticks_off()
             if panel + across >= len(names) * len(datasets):
                 axes.set_xlabel("samples", color=INK)
         x, y = width - legend + 0.12, height - head + 0.02
-        if reached:
-            figure.text(x / width, (y + 0.12) / height, "after fine-tuning", size=8, color=FAINT)
+        for at, words in enumerate(words_above):
+            figure.text(x / width, (y - 0.14 * at) / height, words, size=8, color=FAINT, parse_math=False)
+        y -= 0.14 * len(words_above)
         for i, model in enumerate(models):
             y -= 0.17
             figure.add_artist(Line2D([x / width, (x + 0.25) / width], [(y + 0.045) / height] * 2, color=colours[i],
@@ -102,16 +114,34 @@ def vs_samples(scores: Scores, *, metrics: Sequence[str] = (), actual: Grid | No
 def vs_actual(ranking: Ranking) -> Figure:
     """Each score against what fine-tuning reached, a named point per model, Kendall's tau above.
 
-    A row of panels per score, a column per data set. Bars are one standard deviation of the fine-tuned performance over
-    seeds. Models without a value are missing from a panel, and so are infinite scores, of which it says how many.
+    A row of panels per score, a column per data set; those without a point are dropped. Bars are one standard deviation
+    of the fine-tuned performance over seeds. Where a short name has more than LONGEST characters, points have numbers
+    and a list below says which model each is. Models without a value are missing from a panel, and so are infinite
+    scores, of which it says how many. RankingError where no score is a number.
     """
     joined = ranking.joined
-    _few_panels(len(joined.scores), len(joined.datasets), joined.where)
-    across, down, panel_wide, panel_high = _arranged(len(joined.scores), len(joined.datasets), wide=3.1, high=2.5)
+    cells = {
+        (row.metric, dataset): np.isfinite(joined.scores[row.metric][:, d]) & np.isfinite(joined.actual[:, d])
+        for row in ranking.rows
+        for d, dataset in enumerate(joined.datasets)
+    }
+    order = [row.metric for row in ranking.rows if any(cells[row.metric, d].any() for d in joined.datasets)]
+    datasets = [d for d in joined.datasets if any(cells[name, d].any() for name in order)]
+    if not order:
+        raise RankingError(f"{joined.where}: no score is a number, there is nothing to draw")
+    _few_panels(len(order), len(datasets), joined.where)
+    across, down, panel_wide, panel_high = _arranged(len(order), len(datasets), wide=3.1, high=2.5)
+    short, short_data = short_names(joined.models), short_names(joined.datasets)
+    numbered = max(map(len, short.values())) > LONGEST
+    points = {m: str(i + 1) if numbered else short[m] for i, m in enumerate(joined.models)}
     left, right, head, foot, gap_x, gap_y = 0.8, 0.2, 0.95, 0.6, 0.62, 0.72
     width = left + across * panel_wide + (across - 1) * gap_x + right
+    listed = [f"{i + 1}  {short[m]}" for i, m in enumerate(joined.models)] if numbered else []
+    entry = 0.35 + 0.068 * max(map(len, listed), default=0)  # inches
+    width = max(width, min(left + entry, 14.0))
+    abreast = max(1, int((width - left) / entry))
+    foot += 0.17 * -(-len(listed) // abreast) + 0.1 * numbered
     height = head + down * panel_high + (down - 1) * gap_y + foot
-    short = short_names(joined.models)
     with style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -119,25 +149,32 @@ def vs_actual(ranking: Ranking) -> Figure:
 
         figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, facecolor="white")
         FigureCanvasAgg(figure)  # measures text
-        samples = "" if joined.n_samples is None else f"scores from {in_words(joined.n_samples)} samples, "
-        _title(figure, left, "Scores against fine-tuning",
-               f"{samples}{joined.actual_name} with one standard deviation over seeds"
-               + (f"; {joined.datasets[0]}" if len(joined.datasets) == 1 else ""))  # fmt: skip
-        order = [row.metric for row in ranking.rows]
-        for place, (name, dataset) in enumerate(_cells(order, joined.datasets)):
+        line = [] if joined.n_samples is None else [f"scores from {in_words(joined.n_samples)} samples"]
+        line += [f"{joined.actual_name} {joined.how}"]
+        line[-1] += ", bars: one standard deviation over seeds" if joined.actual_seeds[1] > 1 else ""
+        line += [f"on {short_data[datasets[0]]}"] * (len(datasets) == 1 < len(joined.datasets))
+        line += [short_data[datasets[0]]] * (len(joined.datasets) == 1)
+        dropped = [row.metric for row in ranking.rows if row.metric not in order]
+        line += [f"without a number: {some(dropped)}"] * bool(dropped)
+        _title(figure, left, f"Scores against {joined.actual_name}", "; ".join(line))
+        row_begun = set()
+        for place, (name, dataset) in enumerate(_cells(order, datasets)):
+            there = cells[name, dataset]
+            if not there.any():
+                continue
             axes = _panel(figure, place, across, (left, head, panel_wide, panel_high, gap_x, gap_y))
             d = joined.datasets.index(dataset)
             x, y, spread = joined.scores[name][:, d], joined.actual[:, d], joined.actual_spread[:, d]
-            there = np.isfinite(x) & np.isfinite(y)
             row = ranking[name]
             tau = (row.datasets[d].values or {}).get("tau")
-            words = name + (f", {dataset}" if len(joined.datasets) > 1 else "")
+            words = name + (f", {short_data[dataset]}" if len(datasets) > 1 else "")
             _frame(axes, words, "" if tau is None else f"τ {_signed(tau)}")
             colour = FAINT if row.baseline else HELPS
             axes.errorbar(x[there], y[there], yerr=np.nan_to_num(spread[there]), fmt="o", color=colour, markersize=5.5,
                           elinewidth=1, markeredgecolor="white", markeredgewidth=0.8)  # fmt: skip
             axes.margins(0.16, 0.14)
-            if place % across == 0:
+            if place // across not in row_begun:
+                row_begun.add(place // across)
                 axes.set_ylabel(joined.actual_name, color=INK)
             axes.locator_params(axis="x", nbins=5)
             if np.abs(x[there]).max(initial=0) >= 1e5:
@@ -150,8 +187,12 @@ def vs_actual(ranking: Ranking) -> Figure:
                 x[there],
                 y[there],
                 spread[there],
-                [short[m] for m, kept in zip(joined.models, there, strict=True) if kept],
+                [points[m] for m, kept in zip(joined.models, there, strict=True) if kept],
             )
+        high = -(-len(listed) // abreast)
+        for i, words in enumerate(listed):
+            x0, y0 = left + i // high * entry, 0.14 + 0.17 * (high - 1 - i % high)
+            figure.text(x0 / width, y0 / height, words, size=8, color=INK, parse_math=False)
     return figure
 
 
@@ -169,7 +210,7 @@ def tau(ranking: Ranking) -> Figure:
         figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, facecolor="white")
         over = f"{len(joined.datasets)} data sets" if many else joined.datasets[0]
         _title(figure, 0.25, "How well do scores rank the models?",
-               f"Kendall's tau with {joined.actual_name} after fine-tuning, {len(joined.models)} models, {over}; bars: "
+               f"Kendall's tau with {joined.actual_name} {joined.how}, {len(joined.models)} models, {over}; bars: "
                f"{ranking.level:.0%} interval" + ("; dots: single data sets" if many else ""))  # fmt: skip
         axes = figure.add_axes((left / width, foot / height, wide / width, (height - head - foot) / height))
         for place, row in enumerate(rows):
@@ -236,9 +277,24 @@ def _panel(figure: Figure, place: int, across: int, box: tuple[float, float, flo
 
 
 def _frame(axes: Axes, title: str, beside: str = "") -> None:
-    size = 9.5 if len(title) <= 27 else 8 if len(title) <= 33 else 7
-    axes.set_title(title, loc="left", size=size, color=INK, weight="bold", parse_math=False)
+    """Grid and title, which is smaller, and at last cut, where it would reach what stands at the right."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
     axes.set_title(beside, loc="right", size=9.5, color=INK)
+    room = axes.get_window_extent().width * 72 / PIXELS_PER_INCH + (-10 if beside else 10)
+    room -= TextPath((0, 0), beside, size=9.5).get_extents().width if beside else 0
+
+    def fits(text: str, size: float) -> bool:
+        held = text.replace("$", "S")  # which would be mathematics
+        return bool(TextPath((0, 0), held, size=size, prop=bold).get_extents().width <= room)
+
+    bold = FontProperties(weight="bold")
+    size = next((size for size in (9.5, 8.5, 7.5) if fits(title, size)), 7.0)
+    shown = title
+    while not fits(shown, size) and len(shown) > 8:
+        shown = shown.removesuffix("…")[:-1] + "…"
+    axes.set_title(shown, loc="left", size=size, color=INK, weight="bold", parse_math=False)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -279,6 +335,13 @@ def _mean_reached(actual: Grid, model: str, datasets: Sequence[str]) -> float:
     if model not in actual.models or not set(datasets) <= set(actual.datasets):
         return float("nan")
     return float(values[actual.models.index(model), [actual.datasets.index(d) for d in datasets]].mean())
+
+
+def _reached_in_words(actual: Grid, datasets: Sequence[str]) -> list[str]:
+    """What the numbers in the legend are, in short lines."""
+    (name,) = actual.values
+    lines = textwrap.wrap(f"{name} {actual.how}", 30)
+    return lines + ["mean over data sets"] * (len(datasets) > 1)
 
 
 def _apart(places: np.ndarray, words: Sequence[str]) -> list[str]:

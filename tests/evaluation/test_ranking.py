@@ -17,6 +17,7 @@ from datamodels.evaluation import ranking
 from datamodels.evaluation.ranking import statistics
 from datamodels.evaluation.ranking.__main__ import main
 from datamodels.evaluation.ranking.join import combined, parse, show
+from datamodels.evaluation.ranking.scores import short_names
 from datamodels.report import ranking as pictures
 from datamodels.store import Store
 from datamodels.store.export import export
@@ -149,6 +150,7 @@ def test_a_regret_relative_to_nothing_is_no_number():
 
 # ------------------------------------------------------------------------------------------- what is read and joined
 
+OWN = ["--actual_name=accuracy"]  # the truth stands among the scores
 MODELS = ["zoo/tiny", "zoo/small", "zoo/base", "zoo/large", "zoo/broken"]
 PARAMS = dict(zip(MODELS, [1e6, 3e6, 9e6, 3e7, 2e7], strict=True))
 QUALITY = dict(zip(MODELS, [0.1, 0.4, 0.5, 0.9, 0.2], strict=True))
@@ -337,6 +339,10 @@ def test_what_would_be_averaged_over_is_refused(tmp_path):
             ranking.read(path)
     assert ranking.read(tmp_path / "store", rows=["labels=0,3"]).values["m"].tolist() == [1, 3, 5]
     two = table(tmp_path / "a.csv", "model,dataset,split,m\na,d,train,1\na,d,test,2\n")
+    with pytest.raises(RankingError, match="Only repeats, and the factors seed and sample_seed, are averaged over"):
+        ranking.read(tmp_path / "store")
+    with pytest.raises(RankingError, match="choose one with --actual_rows=labels=…"):
+        main([str(tmp_path / "a.csv"), f"--actual={tmp_path / 'store'}"])
     with pytest.raises(RankingError, match="it has splits test, train; choose one with --split"):
         two.mean()
     assert two.of(splits="test").mean().values["m"].tolist() == [[2]]
@@ -437,8 +443,9 @@ def test_nothing_that_joins_is_an_error_even_where_unmatched_are_allowed():
 
 def test_a_file_that_tells_no_data_sets_apart_is_for_one():
     scores = scores_of(["a", "b"], ("d", "e"), m=[1, 2, 3, 4])
-    with pytest.raises(RankingError, match="2 are ranked \\(d, e\\)"):
+    with pytest.raises(RankingError, match="2 are ranked \\(d, e\\)") as error:
         ranking.from_mapping("file", {"a": 1, "b": 2}, "accuracy", ["d", "e"])
+    assert 'write {"d": {"a": 1, …}, "e": {…}} in it, or choose one with --datasets=d' in str(error.value)
     actual = ranking.from_mapping("file", {"a": 1, "b": 2}, "accuracy", ["e"])
     joined = ranking.join(scores, actual, datasets=["e"])
     assert joined.scores["m"].tolist() == [[2], [4]] and joined.actual.tolist() == [[1], [2]]
@@ -691,19 +698,87 @@ def said(capsys, *argv):
 
 
 def test_the_tables(scan, capsys):
-    text = said(capsys, scan, "--metrics=log_me,log_me+num_params", "--draws=200")
+    text = said(capsys, scan, f"--actual={scan}", "--metrics=log_me,log_me+num_params", "--draws=200")
     lines = text.splitlines()
     assert lines[0] == (
         "5 models on 2 data sets, scores from 100 samples (2 seeds), against accuracy after fine-tuning (3 seeds)"
     )
+    assert "1 as fine-tuning does" in text and "What it costs to fine-tune only" in text
     assert [line.split()[0] for line in lines if "[" in line and line.startswith(("  ", "* "))].count("*") == 2
     assert "log_me+num_params" in text and "regret@1, %" in text and "tau above num_params" in text
     assert "log_me lacks broken on cars" in text
     assert max(map(len, lines)) <= 140
 
 
+def test_what_was_measured_with_the_scores_is_the_truth_only_where_it_is_named(scan, capsys):
+    """The accuracy of a model as it is, which a scan may hold, is not what fine-tuning reaches."""
+    with pytest.raises(ConfigError, match="nothing says what fine-tuning reached.*or --actual_name=accuracy to take"):
+        main([str(scan), "--metrics=log_me"])
+    text = " ".join(said(capsys, scan, *OWN, "--draws=20").split())
+    assert f"against accuracy as measured in {scan} (3 seeds)" in text
+    assert "fine-tun" not in text and "1 as accuracy does" in text and "What it costs to take only" in text
+    found = json.loads(said(capsys, scan, *OWN, "--draws=20", "--json"))
+    assert found["actual_is"] == f"accuracy as measured in {scan}"
+
+
+def words_of(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def test_pictures_say_whether_the_truth_was_fine_tuned(scan):
+    scores = ranking.read(scan)
+    for how in ({}, {"how": "as measured in the scan"}):
+        actual = ranking.actual_of(scores, "accuracy", **how)[0]
+        ranked = ranking.rank(ranking.join(scores, actual), draws=20)
+        figures = pictures.vs_samples(scores, actual=actual), pictures.vs_actual(ranked), pictures.tau(ranked)
+        for figure in figures:
+            said_there = " ".join(words_of(figure))
+            assert f"accuracy {how.get('how', 'after fine-tuning')}" in said_there
+            assert ("fine-tun" in said_there) == (not how)
+        assert "mean over data sets" in words_of(figures[0]), "what the numbers in the legend are"
+        one = pictures.vs_samples(scores.of(datasets="pets"), actual=actual)
+        assert "mean over data sets" not in words_of(one)
+
+
+def test_of_one_seed_no_standard_deviation_is_said(scan):
+    spread = ("band: one standard deviation", "bars: one standard deviation")
+    scores = ranking.read(scan)
+    firsts = {}
+    for line, key in enumerate(zip(scores.models, scores.datasets, scores.n_samples.tolist(), strict=True)):
+        firsts.setdefault(key, line)
+    single = scores.take(np.array(list(firsts.values())))
+    for lines, many in ((scores, True), (single, False)):
+        actual = ranking.actual_of(lines, "accuracy")[0]
+        ranked = ranking.rank(ranking.join(lines, actual), draws=20)
+        for figure, word in zip((pictures.vs_samples(lines), pictures.vs_actual(ranked)), spread, strict=True):
+            assert (word in " ".join(words_of(figure))) == many
+    assert "A single seed" in words_of(pictures.vs_samples(single))
+
+
+PRETRAINED = "torch:worker_scripts.digit_models.pretrained"
+LONG = [f"{PRETRAINED}?{o}" for o in ("width=8", "width=64", "width=64&classes=5", "width=64&epochs=0")]
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (LONG, ["width=8", "width=64", "width=64&classes=5", "width=64&epochs=0"]),
+        ([PRETRAINED, LONG[0]], ["pretrained", "width=8"]),
+        (["digits", "worker_scripts.digit_models.turned"], ["digits", "turned"]),
+        (["zoo/tiny", "zoo/small/"], ["tiny", "small"]),
+        (["runs/a/model.pt", "runs/b/model.pt"], ["a", "b"]),
+        (["a/vit", "b/vit", "c/resnet"], ["a/vit", "b/vit", "c/resnet"]),
+        (["google/vit", "timm:resnet50.a1_in1k"], ["vit", "resnet50.a1_in1k"]),
+        (["torch:m.f?x=1&y=2", "torch:m.g?x=1&y=3"], ["f?y=2", "g?y=3"]),
+        (["/", ""], ["/", ""]),
+    ],
+)
+def test_short_names_keep_what_differs(names, short):
+    assert short_names(names) == dict(zip(names, short, strict=True))
+
+
 def test_as_json_it_is_all_there(scan, capsys):
-    found = json.loads(said(capsys, scan, "--json", "--draws=50", "--k=1,2", "--n_samples=10", "--datasets=pets"))
+    found = json.loads(said(capsys, scan, *OWN, "--json", "--draws=50", "--k=1,2", "--n_samples=10", "--datasets=pets"))
     assert (found["datasets"], found["n_samples"], found["seeds"]) == (["pets"], 10, [2, 2])
     by_name = {row["score"]: row for row in found["scores"]}
     assert set(by_name) == {"log_me", "sharp-ness", "num_params"}
@@ -718,9 +793,9 @@ def test_as_json_it_is_all_there(scan, capsys):
     ("argv", "error", "told"),
     [
         (["{scan}", "--actual_name=acuracy"], ConfigError, "has no 'acuracy' that would say"),
-        (["{scan}", "--metrics=log_mee"], RankingError, "no measurement 'log_mee'; did you mean 'log_me'?"),
-        (["{scan}", "--n_samples=50"], RankingError, "nothing was measured with n_samples 50; it has 10, 100"),
-        (["{scan}", "--datasets=pet"], RankingError, "no data set 'pet'; did you mean 'pets'?"),
+        (["{scan}", *OWN, "--metrics=log_mee"], RankingError, "no measurement 'log_mee'; did you mean 'log_me'?"),
+        (["{scan}", *OWN, "--n_samples=50"], RankingError, "nothing was measured with n_samples 50; it has 10, 100"),
+        (["{scan}", *OWN, "--datasets=pet"], RankingError, "no data set 'pet'; did you mean 'pets'?"),
         (["{scan}", "--plot=tau", "--out=x.txt"], ConfigError, "expected a name that ends in .png"),
         (["{scan}", "--out=x.png"], ConfigError, "nothing is drawn without --plot"),
         (["{scan}", "--plot=tau", "--json"], ConfigError, "not both"),
@@ -753,12 +828,12 @@ def test_scores_of_one_split_are_held_against_accuracy_on_another(tmp_path, caps
         store.commit_many(range(10), {key: np.repeat(columns[i], 2) for i, key in enumerate(keys)})
     path = tmp_path / "store"
     chosen = [path, "--rows=lr=0.1", "--split=train", "--json", "--draws=20"]
-    for more in ([], [f"--actual={path}", "--actual_rows=lr=0.2"]):
+    for more in (OWN, [f"--actual={path}", "--actual_rows=lr=0.2"]):
         found = json.loads(said(capsys, *chosen, *more))
         by_name = {row["score"]: row["tau"]["value"] for row in found["scores"]}
         assert by_name["log_me"] == pytest.approx(0.8), "train scores, test accuracy"
     with pytest.raises(RankingError, match="'lr' has the levels 0.1, 0.2"):
-        main([str(path)])
+        main([str(path), *OWN])
 
 
 def test_the_command_loads_nothing_heavy_for_its_help():
@@ -771,7 +846,7 @@ def test_the_command_loads_nothing_heavy_for_its_help():
 
 def test_the_command_itself(scan):
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "datamodels.evaluation.ranking", str(scan), "--draws=20"],
+        [sys.executable, "-W", "error", "-m", "datamodels.evaluation.ranking", str(scan), *OWN, "--draws=20"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
@@ -781,7 +856,7 @@ def test_the_command_itself(scan):
 @pytest.mark.parametrize("plot", ["vs_samples", "vs_actual", "tau"])
 def test_each_plot_is_a_command(scan, tmp_path, capsys, plot):
     out = tmp_path / f"{plot}.png"
-    assert said(capsys, scan, f"--plot={plot}", f"--out={out}", "--draws=20") == f"{out}\n"
+    assert said(capsys, scan, *OWN, f"--plot={plot}", f"--out={out}", "--draws=20") == f"{out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
@@ -839,10 +914,44 @@ def test_infinite_scores_are_left_out_of_the_picture_and_counted(how_many):
     figure = pictures.vs_actual(ranking.rank(joined, draws=20))
     figure.canvas.draw()
     panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    if how_many == 5:
+        assert set(panels) == {"num_params"}, "a panel without a point"
+        assert any("without a number: m" in words for words in words_of(figure))
+        return
     x, y = panels["m"].containers[0].lines[0].get_data()
     np.testing.assert_array_equal(x, joined.scores["m"][how_many:, 0])
     np.testing.assert_array_equal(y, joined.actual[how_many:, 0])
     assert panels["m"].get_xlabel() == f"{how_many} not drawn: infinite" and panels["num_params"].get_xlabel() == ""
+
+
+@pytest.mark.parametrize("longest", [20, 40])
+def test_long_names_and_titles_cover_nothing(longest):
+    """Names that are too long for a panel are numbers, with a list below; a title ends before the tau beside it."""
+    joined = made(models=6, datasets=3, a_score_with_quite_a_name=1, num_params=0.5)
+    options = [f"{'size=' + 'x' * (longest - 6)}{i}" for i in range(6)]
+    names = {
+        "models": tuple(f"{PRETRAINED}?{o}" for o in options),
+        "datasets": ("digits", "noisy", "a.package.of.turned"),
+    }
+    joined = ranking.Joined(**{**vars(joined), **names})
+    joined.scores["num_params"][:, 1] = np.nan
+    figure = pictures.vs_actual(ranking.rank(joined, draws=20))
+    figure.canvas.draw()
+    renderer, width = figure.canvas.get_renderer(), figure.bbox.width
+    assert len(figure.axes) == 5, "the panel without a point is dropped"
+    for axes in figure.axes:
+        assert {text.get_text() for text in axes.texts} == (set("123456") if longest > 24 else set(options))
+        inside = axes.get_window_extent()
+        for text in axes.texts:
+            box = text.get_window_extent(renderer)
+            assert inside.x0 - 1 <= box.x0 and box.x1 <= inside.x1 + 1
+        left, right = axes._left_title.get_window_extent(renderer), axes._right_title.get_window_extent(renderer)
+        assert left.x1 < right.x0 and axes.get_title(loc="left").startswith(("a_score", "num_params"))
+    listed = [words for words in words_of(figure) if words[:1].isdigit()]
+    assert listed == ([f"{i + 1}  {option}" for i, option in enumerate(options)] if longest > 24 else [])
+    boxes_ = [text.get_window_extent(renderer) for text in figure.texts]
+    assert all(box.x0 >= 0 and box.x1 <= width for box in boxes_)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes_, 2))
 
 
 def test_lines_against_samples_are_means_with_their_spread(scan):

@@ -15,17 +15,25 @@ from datamodels.errors import ConfigError
 if TYPE_CHECKING:
     from datamodels.evaluation.ranking import Grid, Scores
 
+ACTUAL = "accuracy"
 PLOTS = ("vs_samples", "vs_actual", "tau")
 ENDINGS = (".png", ".svg", ".pdf")
 SECTIONS = {
     "ranking": {
-        "actual": Option(
-            str, "store or table with what fine-tuning reached; left out: the one with the scores holds it as well"
+        "actual": Option(str, "store or table with what fine-tuning reached"),
+        "actual_name": Option(
+            str,
+            "its key or column there; left out: accuracy. Without --actual and --scores_file: one of SCORES itself, "
+            "taken for the truth as it was measured",
         ),
-        "actual_name": Option(str, "its key or column there", default="accuracy"),
         "actual_split": Option(str, "its split, where there are several; left out: test"),
         "actual_rows": Option(list, "conditions on the rows of the store --actual"),
-        "scores_file": Option(str, "YAML or JSON with it instead: model: accuracy, or data set: {model: accuracy}"),
+        "scores_file": Option(
+            str,
+            "YAML or JSON with it instead: {model: accuracy, …} where one data set is ranked, as in "
+            '{"resnet50": 0.91, "vit": 0.88}; {data set: {model: accuracy, …}, …} where several are, as in '
+            '{"pets": {"resnet50": 0.91, "vit": 0.88}, "cars": {"resnet50": 0.7, "vit": 0.8}}',
+        ),
         "metrics": Option(
             list, "scores to rank by, or sums of their z-scores: log_me,log_me+num_params,-sharpness; left out: all"
         ),
@@ -125,7 +133,7 @@ def _draw_samples(args: Arguments, scores: Scores, found: Scores, out: Path) -> 
     if args["ranking.datasets"]:
         scores = scores.of(datasets=args["ranking.datasets"])
     # What fine-tuning reached only orders the models here, so it may be missing.
-    known = args["ranking.actual"] or args["ranking.scores_file"] or args["ranking.actual_name"] in found.values
+    known = args["ranking.actual"] or args["ranking.scores_file"] or args["ranking.actual_name"]
     actual = _actual(args, found)[0] if known else None
     return figures.save(pictures.vs_samples(scores, metrics=args["ranking.metrics"] or (), actual=actual), out)
 
@@ -134,19 +142,22 @@ def _actual(args: Arguments, scores: Scores) -> tuple[Grid, tuple[str, ...]]:
     """What fine-tuning reached, from wherever it is said to be, and notes on what was chosen there."""
     from datamodels.evaluation import ranking
 
-    name, file = args["ranking.actual_name"], args["ranking.scores_file"]
+    named, file = args["ranking.actual_name"], args["ranking.scores_file"]
+    name = named or ACTUAL
     if file:
         datasets = args["ranking.datasets"] or list(dict.fromkeys(scores.datasets.tolist()))
         return ranking.from_yaml(file, name, datasets), ()
     if args["ranking.actual"]:
-        truth = ranking.read(args["ranking.actual"], rows=args["ranking.actual_rows"] or ())
+        truth = ranking.read(args["ranking.actual"], rows=args["ranking.actual_rows"] or (), option="--actual_rows")
         return ranking.actual_of(truth, name, args["ranking.actual_split"])
-    if name not in scores.values:
+    if named not in scores.values:
+        # One that was measured with the scores is no fine-tuned accuracy: only who names it means it.
+        own = f", or --actual_name={name} to take the {name} of {scores.where} itself" if name in scores.values else ""
         raise ConfigError(
-            f"{scores.where}: it has no {name!r} that would say what fine-tuning reached; give --actual=STORE with "
-            f"--actual_name=KEY, or --scores_file=FILE with model: accuracy"
+            f"{scores.where}: {f'it has no {named!r} that would say' if named else 'nothing says'} what fine-tuning "
+            f"reached; give --actual=STORE with --actual_name=KEY, or --scores_file=FILE with model: accuracy{own}"
         )
-    return ranking.actual_of(scores, name, args["ranking.actual_split"])
+    return ranking.actual_of(scores, named, args["ranking.actual_split"], how=f"as measured in {scores.where}")
 
 
 def _ks(words: Sequence[str]) -> tuple[int, ...]:

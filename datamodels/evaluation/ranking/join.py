@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,17 @@ from typing import Any
 import numpy as np
 
 from datamodels.errors import RankingError
-from datamodels.evaluation.ranking.scores import ALL, NO_SAMPLES, Grid, Scores, as_number, in_words, sizes, some
+from datamodels.evaluation.ranking.scores import (
+    ALL,
+    FINE_TUNED,
+    NO_SAMPLES,
+    Grid,
+    Scores,
+    as_number,
+    in_words,
+    sizes,
+    some,
+)
 from datamodels.spec import nearest
 
 _UNMATCHED = 6  # names that are listed one by one
@@ -23,7 +34,8 @@ class Joined:
     """M models on D data sets: scores name -> (M, D) and what fine-tuning reached, (M, D); NaN where there is none.
 
     n_samples: what the scores were computed from, None where nothing says.  spreads: as in `Grid`.  seeds: (fewest,
-    most) seeds of a score, and of an actual performance.  notes: what a reader must know of the join.
+    most) seeds of a score, and of an actual performance.  notes: what a reader must know of the join.  how: as in
+    `Grid`.
     """
 
     where: str
@@ -37,6 +49,7 @@ class Joined:
     seeds: tuple[int, int]
     actual_seeds: tuple[int, int]
     notes: tuple[str, ...] = ()
+    how: str = FINE_TUNED
 
 
 def chosen_samples(scores: Scores, n_samples: int | None) -> int | None:
@@ -109,10 +122,13 @@ def join(
         (int(seeds[seeds > 0].min()), int(seeds.max())),
         (int(actual.seeds[name][reached][finite].min()), int(actual.seeds[name][reached].max())),
         (*notes, *_incomplete(scores), *left_out, *_infinite(wanted, cut, models, names)),
+        actual.how,
     )
 
 
-def actual_of(scores: Scores, name: str, split: str | None = None) -> tuple[Grid, tuple[str, ...]]:
+def actual_of(
+    scores: Scores, name: str, split: str | None = None, *, how: str = FINE_TUNED
+) -> tuple[Grid, tuple[str, ...]]:
     """What fine-tuning reached, as measured under `name`, averaged over seeds, and notes on what was chosen.
 
     Of several splits it is `split`, or `test` where none is given; of several numbers of samples the largest.
@@ -135,8 +151,8 @@ def actual_of(scores: Scores, name: str, split: str | None = None) -> tuple[Grid
         lines = lines.of(n_samples=levels[-1])
         notes.append(f"{name} is that at n_samples {in_words(levels[-1])}, out of {some(levels)}")
     grid = lines.mean()
-    return Grid(grid.where, grid.models, grid.datasets, *({name: each[name]} for each in
-                (grid.values, grid.spreads, grid.seeds))), tuple(notes)  # fmt: skip
+    values, spreads, seeds = ({name: each[name]} for each in (grid.values, grid.spreads, grid.seeds))
+    return Grid(grid.where, grid.models, grid.datasets, values, spreads, seeds, how), tuple(notes)
 
 
 def from_mapping(where: str, raw: Mapping[str, Any], name: str, datasets: Sequence[str]) -> Grid:
@@ -152,9 +168,11 @@ def from_mapping(where: str, raw: Mapping[str, Any], name: str, datasets: Sequen
         raise RankingError(f"{where}: some entries are data sets and {odd!r} is a number; write all of them one way")
     if not any(nested):
         if len(datasets) > 1:
+            inner = json.dumps(dict([next(iter(raw.items()))]), default=str)[:-1] + (", …}" if len(raw) > 1 else "}")
+            form = ", ".join(f"{json.dumps(name)}: {inner if i == 0 else '{…}'}" for i, name in enumerate(datasets))
             raise RankingError(
                 f"{where}: it says how good each model is and not on which data set, and {len(datasets)} are ranked "
-                f"({some(datasets)}); write data set: {{model: accuracy}}, or choose one with --datasets"
+                f"({some(datasets)}); write {{{form}}} in it, or choose one with --datasets={datasets[0]}"
             )
         raw = {datasets[0]: raw}
     models = tuple(dict.fromkeys(str(model) for inner in raw.values() for model in inner))

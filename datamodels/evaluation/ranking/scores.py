@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datamodels.spec import Field
     from datamodels.store.rows import Rows
 
+FINE_TUNED = "after fine-tuning"  # how actual performances came to be, in words that follow their name
 ALL = "all"  # the data set where nothing says which
 NO_SAMPLES = -1
 ALL_SAMPLES = 0  # as `worker_scripts.measure` understands it
@@ -122,7 +123,7 @@ class Grid:
     """Measurements of M models on D data sets, averaged over seeds.
 
     values, spreads, seeds: name -> (M, D): the mean, NaN where it is missing; the standard deviation over seeds, NaN
-    for fewer than two and for infinities; how many seeds there were.
+    for fewer than two and for infinities; how many seeds there were.  how: where actual performances come from.
     """
 
     where: str
@@ -131,14 +132,15 @@ class Grid:
     values: Mapping[str, np.ndarray]
     spreads: Mapping[str, np.ndarray]
     seeds: Mapping[str, np.ndarray]
+    how: str = FINE_TUNED
 
 
-def read(path: str | Path, *, rows: Sequence[str] = ()) -> Scores:
+def read(path: str | Path, *, rows: Sequence[str] = (), option: str = "--rows") -> Scores:
     """Measurements from a store, or a table (.csv, .parquet) such as `store export` writes.
 
     What a line is of say the factors, keys or columns `model`, `dataset`, `split` and `n_samples`. Where there is no
     `dataset`, keys are taken for `<dataset>_<split>_<name>`. `rows` are conditions on the design, as in
-    `datamodels.row_filter`.
+    `datamodels.row_filter`, which `option` gave.
 
     Raises RankingError where models or numbers are missing, or where another factor differs between lines, which would
     be averaged; StoreError for a row that is not as it was committed.
@@ -146,21 +148,21 @@ def read(path: str | Path, *, rows: Sequence[str] = ()) -> Scores:
     path = Path(path)
     if path.suffix in (".csv", ".parquet"):
         if rows:
-            raise ConfigError(f"--rows: {path} is a table and has no design; choose its lines when you export it")
+            raise ConfigError(f"{option}: {path} is a table and has no design; choose its lines when you export it")
         return _from_table(path)
-    return _from_store(path, rows)
+    return _from_store(path, rows, option)
 
 
 # ---------------------------------------------------------------------------------------------- from a store
 
 
-def _from_store(path: Path, rows: Sequence[str]) -> Scores:
+def _from_store(path: Path, rows: Sequence[str], option: str) -> Scores:
     from datamodels import row_filter
     from datamodels.store import Store
     from datamodels.store.rows import batches, read_rows
 
     with Store.open(path) as store:
-        wanted = row_filter.select(store.design, rows, where="--rows") if rows else np.ones(store.num_models, bool)
+        wanted = row_filter.select(store.design, rows, where=option) if rows else np.ones(store.num_models, bool)
         complete = np.flatnonzero(wanted & store.completed())
         if not len(complete):
             asked = "none of the rows asked for" if rows else "no row"
@@ -182,7 +184,7 @@ def _from_store(path: Path, rows: Sequence[str]) -> Scores:
         on = (store.spec.measurements or {}).get("on")
         roles = {field.name: field.role for field in fields}
         incomplete = int(wanted.sum()) - len(complete)
-    _refuse_mixed(path, factors, "choose one with --rows={name}=…")
+    _refuse_mixed(path, factors, f"choose one with {option}={{name}}=…")
     values = {n: v for n, v in keys.items() if v.dtype.kind != "U" and n not in factors and roles[n] != "mask"}
     lines = _lines(str(path), {**keys, **factors}, values, on)
     melted = {name: [key for key in roles if key == name or key.endswith(f"_{name}")] for name in lines.values}
@@ -222,7 +224,7 @@ def _refuse_mixed(path: Path, factors: Mapping[str, np.ndarray], advice: str) ->
         if name not in (*_NAMES, "n_samples", *_SEEDS) and len(levels) > 1:
             raise RankingError(
                 f"{path}: the factor {name!r} has the levels {some(levels)}, whose values would be averaged; "
-                f"{advice.format(name=name)}"
+                f"{advice.format(name=name)}. Only repeats, and the factors {' and '.join(_SEEDS)}, are averaged over"
             )
 
 
@@ -389,10 +391,42 @@ def _melted(
     )
 
 
-def short_names(models: Sequence[str]) -> dict[str, str]:
-    """The last part of each name, where that tells all of them apart; otherwise the whole of it."""
-    last = {model: model.rstrip("/").rsplit("/", 1)[-1] for model in models}
-    return last if len(set(last.values())) == len(last) else {model: model for model in models}
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name without what all of them share; the whole of them where that would not tell them apart.
+
+    Of a path, and of a dotted path to a function, the last parts that differ stay; of options behind a `?`, those that
+    not all have. Where only options differ they stand alone: `width=8`, `width=64&classes=5`.
+    """
+    names = list(dict.fromkeys(names))
+    bases = [name.partition("?")[0] for name in names]
+    asked = [[option for option in name.partition("?")[2].split("&") if option] for name in names]
+    shared = set.intersection(*map(set, asked)) if len(names) > 1 else set()
+    options = ["&".join(option for option in one if option not in shared) for one in asked]
+    parts = [_parts(base) for base in bases]
+    last = [len(part) for part in parts]
+    if len(set(bases)) > 1:  # what all end in tells nothing, unless it is all there is
+        while min(last) > 1 and len({part[end - 1][0] for part, end in zip(parts, last, strict=True)}) == 1:
+            last = [end - 1 for end in last]
+    for count in range(1, max(last) + 1):
+        short = []
+        for part, end, option in zip(parts, last, options, strict=True):
+            base = "".join(word + mark for word, mark in part[max(0, end - count) : end])[
+                : -len(part[end - 1][1]) or None
+            ]
+            alone = option and len(set(bases)) == 1 and len(names) > 1
+            short.append(option if alone else f"{base}?{option}" if option else base)
+        if len(set(short)) == len(names):
+            return dict(zip(names, short, strict=True))
+    return {name: name for name in names}
+
+
+def _parts(base: str) -> list[tuple[str, str]]:
+    """A name's parts, each with the mark behind it: of a path, of a kind before a colon, and of a dotted path."""
+    head, at, file = base.rstrip("/").partition("@")
+    dotted = head.startswith("torch:") or re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*){2,}", head)
+    cut = re.split(r"([/:.])" if dotted else r"([/:])", head) + ([at, *re.split("(/)", file)] if at else [])
+    parts = list(zip(cut[::2], [*cut[1::2], ""], strict=True))
+    return [part for part in parts if part[0]] or [(base, "")]
 
 
 def sizes(n_samples: np.ndarray) -> list[int]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from datamodels.evaluation.ranking.interval import Estimate
 from datamodels.evaluation.ranking.rank import Judged, Ranking
-from datamodels.evaluation.ranking.scores import in_words, short_names, some
+from datamodels.evaluation.ranking.scores import FINE_TUNED, in_words, short_names, some
 
 MARK = "*"
 _TITLES = {"tau": "Kendall's tau", "weighted_tau": "weighted tau", "spearman": "Spearman", "pearson": "Pearson"}
@@ -22,17 +22,22 @@ Column = tuple[str, Callable[[Judged], str]]
 def lines(ranking: Ranking) -> list[str]:
     """The ranking in words: what was joined, two tables in the order of tau, and how to read them."""
     joined = ranking.joined
+    tuned = joined.how == FINE_TUNED
     how_many = f"only the {ranking.ks[0]}" if len(ranking.ks) == 1 else "only the k"
     return [
-        heading(ranking),
+        *_wrapped(heading(ranking)),
         "",
-        *_wrapped(f"How the scores order the models: 1 as fine-tuning does, 0 unrelated. {MARK} is the baseline."),
+        *_wrapped(
+            f"How the scores order the models: 1 as {'fine-tuning' if tuned else joined.actual_name} does, 0 "
+            f"unrelated. {MARK} is the baseline."
+        ),
         "",
         *_table(ranking, _correlations()),
         "",
         *_wrapped(
-            f"What it costs to fine-tune {how_many} models with the highest scores. regret@k: share of the best "
-            f"{joined.actual_name} of all models that is lost; hit@k: how often the best model is among them."
+            f"What it costs to {'fine-tune' if tuned else 'take'} {how_many} models with the highest scores. "
+            f"regret@k: share of the best {joined.actual_name} of all models that is lost; hit@k: how often the best "
+            f"model is among them."
         ),
         "",
         *_table(ranking, _losses(ranking)),
@@ -48,8 +53,8 @@ def heading(ranking: Ranking) -> str:
     where = joined.datasets[0] if len(joined.datasets) == 1 else f"{len(joined.datasets)} data sets"
     samples = f", scores from {in_words(joined.n_samples)} samples" if joined.n_samples is not None else ""
     return (
-        f"{len(joined.models)} models on {where}{samples} ({_seeds(joined.seeds)}), against {joined.actual_name} after "
-        f"fine-tuning ({_seeds(joined.actual_seeds)})"
+        f"{len(joined.models)} models on {where}{samples} ({_seeds(joined.seeds)}), against {joined.actual_name} "
+        f"{joined.how} ({_seeds(joined.actual_seeds)})"
     )
 
 
@@ -136,6 +141,7 @@ def as_json(ranking: Ranking) -> dict[str, Any]:
         "datasets": list(joined.datasets),
         "n_samples": joined.n_samples,
         "actual": joined.actual_name,
+        "actual_is": f"{joined.actual_name} {joined.how}",
         "seeds": list(joined.seeds),
         "actual_seeds": list(joined.actual_seeds),
         "level": ranking.level,
