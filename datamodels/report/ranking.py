@@ -91,7 +91,7 @@ def vs_samples(scores: Scores, *, metrics: Sequence[str] = (), actual: Grid | No
                 axes.fill_between(
                     at, (mean - spread)[there], (mean + spread)[there], color=colours[i], alpha=0.15, linewidth=0
                 )
-            _frame(axes, name if len(datasets) == 1 else f"{name}, {short_data[dataset]}")
+            _frame(axes, name, f", {short_data[dataset]}" if len(datasets) > 1 else "")
             axes.set_xscale("log")
             axes.set_xticks(places, _apart(places, [in_words(level) for level in levels]), size=8)
             axes.minorticks_off()
@@ -141,6 +141,15 @@ def vs_actual(ranking: Ranking) -> Figure:
     width = max(width, min(left + entry, 14.0))
     abreast = max(1, int((width - left) / entry))
     foot += 0.17 * -(-len(listed) // abreast) + 0.1 * numbered
+    line = [] if joined.n_samples is None else [f"scores from {in_words(joined.n_samples)} samples"]
+    line += [f"{joined.actual_name} {joined.how}"]
+    line[-1] += ", bars: one standard deviation over seeds" if joined.actual_seeds[1] > 1 else ""
+    line += [f"on {short_data[datasets[0]]}"] * (len(datasets) == 1 < len(joined.datasets))
+    line += [short_data[datasets[0]]] * (len(joined.datasets) == 1)
+    dropped = [row.metric for row in ranking.rows if row.metric not in order]
+    line += [f"without a number: {some(dropped)}"] * bool(dropped)
+    below = _lines("; ".join(line), width - left)
+    head += 0.17 * (len(below) - 1)
     height = head + down * panel_high + (down - 1) * gap_y + foot
     with style():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -149,14 +158,7 @@ def vs_actual(ranking: Ranking) -> Figure:
 
         figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, facecolor="white")
         FigureCanvasAgg(figure)  # measures text
-        line = [] if joined.n_samples is None else [f"scores from {in_words(joined.n_samples)} samples"]
-        line += [f"{joined.actual_name} {joined.how}"]
-        line[-1] += ", bars: one standard deviation over seeds" if joined.actual_seeds[1] > 1 else ""
-        line += [f"on {short_data[datasets[0]]}"] * (len(datasets) == 1 < len(joined.datasets))
-        line += [short_data[datasets[0]]] * (len(joined.datasets) == 1)
-        dropped = [row.metric for row in ranking.rows if row.metric not in order]
-        line += [f"without a number: {some(dropped)}"] * bool(dropped)
-        _title(figure, left, f"Scores against {joined.actual_name}", "; ".join(line))
+        _title(figure, left, f"Scores against {joined.actual_name}", *below)
         row_begun = set()
         for place, (name, dataset) in enumerate(_cells(order, datasets)):
             there = cells[name, dataset]
@@ -167,8 +169,8 @@ def vs_actual(ranking: Ranking) -> Figure:
             x, y, spread = joined.scores[name][:, d], joined.actual[:, d], joined.actual_spread[:, d]
             row = ranking[name]
             tau = (row.datasets[d].values or {}).get("tau")
-            words = name + (f", {short_data[dataset]}" if len(datasets) > 1 else "")
-            _frame(axes, words, "" if tau is None else f"τ {_signed(tau)}")
+            of = f", {short_data[dataset]}" if len(datasets) > 1 else ""
+            _frame(axes, name, of, "" if tau is None else f"τ {_signed(tau)}")
             colour = FAINT if row.baseline else HELPS
             axes.errorbar(x[there], y[there], yerr=np.nan_to_num(spread[there]), fmt="o", color=colour, markersize=5.5,
                           elinewidth=1, markeredgecolor="white", markeredgewidth=0.8)  # fmt: skip
@@ -202,16 +204,19 @@ def tau(ranking: Ranking) -> Figure:
     joined = ranking.joined
     names = [row.metric + " (baseline)" * row.baseline for row in rows]
     left, wide, right, head, foot, step = 0.35 + 0.08 * max(map(len, names)), 4.6, 1.75, 0.85, 0.6, 0.3
-    width, height = left + wide + right, head + step * (len(rows) + 0.4) + foot
     many = len(joined.datasets) > 1
+    over = f"{len(joined.datasets)} data sets" if many else short_names(joined.datasets)[joined.datasets[0]]
+    line = f"Kendall's tau with {joined.actual_name} {joined.how}, {len(joined.models)} models, {over}; bars: "
+    line += f"{ranking.level:.0%} interval" + ("; dots: single data sets" if many else "")
+    width = left + wide + right
+    below = _lines(line, width - 0.25)
+    head += 0.17 * (len(below) - 1)
+    height = head + step * (len(rows) + 0.4) + foot
     with style():
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(width, height), dpi=PIXELS_PER_INCH, facecolor="white")
-        over = f"{len(joined.datasets)} data sets" if many else joined.datasets[0]
-        _title(figure, 0.25, "How well do scores rank the models?",
-               f"Kendall's tau with {joined.actual_name} {joined.how}, {len(joined.models)} models, {over}; bars: "
-               f"{ranking.level:.0%} interval" + ("; dots: single data sets" if many else ""))  # fmt: skip
+        _title(figure, 0.25, "How well do scores rank the models?", *below)
         axes = figure.add_axes((left / width, foot / height, wide / width, (height - head - foot) / height))
         for place, row in enumerate(rows):
             estimate, colour = row.estimates["tau"], HURTS if row.baseline else HELPS
@@ -276,8 +281,8 @@ def _panel(figure: Figure, place: int, across: int, box: tuple[float, float, flo
     return figure.add_axes(((left + right * (wide + gap_x)) / width, bottom / height, wide / width, high / height))
 
 
-def _frame(axes: Axes, title: str, beside: str = "") -> None:
-    """Grid and title, which is smaller, and at last cut, where it would reach what stands at the right."""
+def _frame(axes: Axes, name: str, of: str = "", beside: str = "") -> None:
+    """Grid and title, which is smaller, and its name at last cut, where it would reach what stands at the right."""
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
 
@@ -290,21 +295,27 @@ def _frame(axes: Axes, title: str, beside: str = "") -> None:
         return bool(TextPath((0, 0), held, size=size, prop=bold).get_extents().width <= room)
 
     bold = FontProperties(weight="bold")
-    size = next((size for size in (9.5, 8.5, 7.5) if fits(title, size)), 7.0)
-    shown = title
-    while not fits(shown, size) and len(shown) > 8:
+    size = next((size for size in (9.5, 8.5, 7.5) if fits(name + of, size)), 7.0)
+    shown = name
+    while not fits(shown + of, size) and len(shown) > 8:
         shown = shown.removesuffix("…")[:-1] + "…"
-    axes.set_title(shown, loc="left", size=size, color=INK, weight="bold", parse_math=False)
+    axes.set_title(shown + of, loc="left", size=size, color=INK, weight="bold", parse_math=False)
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _title(figure: Figure, left: float, title: str, line: str) -> None:
+def _lines(text: str, width: float) -> list[str]:
+    """As many characters as stand below a title of so many inches."""
+    return textwrap.wrap(text, max(20, int(width / 0.066)), break_on_hyphens=False)
+
+
+def _title(figure: Figure, left: float, title: str, *lines: str) -> None:
     width, height = figure.get_size_inches()
     figure.text(left / width, 1 - 0.3 / height, title, size=12.5, weight="bold", color=INK)
-    figure.text(left / width, 1 - 0.52 / height, line, size=9, color=FAINT, parse_math=False)
+    for i, line in enumerate(lines):
+        figure.text(left / width, 1 - (0.52 + 0.17 * i) / height, line, size=9, color=FAINT, parse_math=False)
 
 
 def _varies(grids: Sequence[Grid], name: str) -> bool:
