@@ -35,7 +35,7 @@ def heatmap(found: Effects) -> Figure:
     columns = _kept(np.arange(len(found.targets)), told.any(axis=0))
     names = [_short(found.columns[j]) for j in rows]
     lines = [
-        f"lasso and least squares over {found.models} models, in standard deviations; framed: the 95 % interval does not reach 0",
+        f"lasso, then least squares over {found.models} models; in standard deviations; framed: the interval is off 0",
         *(
             f"not shown: {gone} of {len(of)} {what}"
             for gone, of, what in (
